@@ -1,0 +1,42 @@
+"""`effbench.apply`: put a stack of methods on a user's own model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from effbench.method import Method
+
+M = TypeVar("M", bound="nn.Module")
+
+
+def apply(model: M, spec: str | tuple[Method, ...]) -> M:
+    """Edit a timm or OpenCLIP model in place, as the training-free part of a stack of methods does.
+
+    Args:
+        model: a timm VisionTransformer or an OpenCLIP model with ViT towers, on any device, in float32 or half
+            precision. Its attention is replaced by effbench's on the same Parameters (equal to 1e-5 in float32);
+            state_dict keys stay the library's.
+        spec: e.g. "token_prune:keep=0.7" or "a:x=1+b"; or the methods themselves.
+
+    Returns:
+        The same object. It takes the same inputs and gives outputs of the same shape; tokens inside get fewer.
+
+    Raises:
+        UsageError: an unknown method or parameter, or a model that a method cannot edit.
+
+    Example:
+        >>> model = effbench.apply(timm.create_model("deit_tiny_patch16_224", pretrained=True), "token_prune:keep=0.5")
+    """
+    from effbench.models.tower import view
+    from effbench.spec import parse
+
+    methods = parse(spec) if isinstance(spec, str) else spec
+    seen = view(model)
+    for method in methods:
+        method.edit_model(seen)
+    for method in methods:
+        method.finish(seen, None)
+    return model

@@ -1,0 +1,129 @@
+"""The arms of an experiment: the stacks that were asked for, and the controls that every comparison carries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from effbench.method import Method, TrainingPlan
+from effbench.spec import canonical
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from effbench.models.backbones import Backbone
+    from effbench.records import Protocol
+    from effbench.task import Task
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """One model under test: a stack of methods, possibly empty.
+
+    Args:
+        name: unique within the experiment.
+        methods: applied in order.
+        kind: "baseline", "control" or "method".
+        control: which control it is: noop, identity or one that a method named, e.g. random.
+        controls_for: names of the arms that it is a control of; empty for all.
+    """
+
+    name: str
+    methods: tuple[Method, ...] = ()
+    kind: str = "method"
+    control: str = ""
+    controls_for: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> str:
+        return canonical(self.methods)
+
+    @property
+    def phase(self) -> str:
+        """The phase of the whole stack: "test" if no method acts while training."""
+        phases = {method.phase for method in self.methods} or {"test"}
+        return phases.pop() if len(phases) == 1 else "both"
+
+    def during(self, *phases: str) -> list[Method]:
+        """The methods that act in one of the phases."""
+        return [method for method in self.methods if method.phase in phases]
+
+
+def plan_arms(stacks: Sequence[tuple[Method, ...]]) -> list[ArmPlan]:
+    """Baseline, noop, identity, the stacks asked for, and the controls that their methods name, none twice."""
+    asked = {canonical(stack): stack for stack in stacks if stack}
+    arms = [
+        ArmPlan("baseline", kind="baseline"),
+        ArmPlan("noop", kind="control", control="noop"),
+        ArmPlan("identity", kind="control", control="identity"),
+    ]
+    arms += [ArmPlan(spec, stack) for spec, stack in asked.items()]
+    controls: dict[str, ArmPlan] = {}
+    for spec, stack in asked.items():
+        for place, method in enumerate(stack):
+            for control, blind in method.controls().items():
+                other = stack[:place] + (blind,) + stack[place + 1 :]
+                name = canonical(other)
+                if name in asked:
+                    continue
+                known = controls.get(name, ArmPlan(name, other, "control", control))
+                controls[name] = replace(known, controls_for=(*known.controls_for, spec))
+    return arms + list(controls.values())
+
+
+def training_model(
+    arm: ArmPlan, task: Task, recipe: Any, backbone: Backbone, protocol: Protocol
+) -> tuple[nn.Module, TrainingPlan]:
+    """The model that an arm trains, and what of it is trained; gradients are set accordingly."""
+    from effbench.models.tower import ModelView, view
+
+    model = task.build(recipe, backbone, protocol)
+    seen = view(model) if arm.methods or arm.control == "identity" else ModelView(model, None, None)
+    methods = arm.during("train", "both")
+    for method in methods:
+        method.edit_model(seen)
+    plan = TrainingPlan(seen, task.locked(model) if protocol.train == "locked" else [], [])
+    for method in methods:
+        method.edit_training(plan)
+    for modules, trained in ((plan.frozen, False), (plan.trained, True)):
+        for module in modules:
+            module.requires_grad_(trained)
+    return model, plan
+
+
+def testing_model(
+    arm: ArmPlan,
+    task: Task,
+    recipe: Any,
+    backbone: Backbone,
+    protocol: Protocol,
+    state: dict[str, Tensor],
+    calibration: Any,
+) -> nn.Module:
+    """The model that an arm is tested with: trained weights, then the structure that only testing has.
+
+    Args:
+        state: what training changed, under the library's keys; keys of edits that testing lacks are left out.
+        calibration: training images, handed to `Method.finish`.
+    """
+    from effbench.models.tower import ModelView, view
+
+    model = task.build(recipe, backbone, protocol)
+    seen = view(model) if arm.methods or arm.control == "identity" else ModelView(model, None, None)
+    for method in arm.during("both"):
+        method.edit_model(seen)
+    known = model.state_dict()
+    model.load_state_dict({key: value for key, value in state.items() if key in known}, strict=False)
+    for method in arm.during("test"):
+        method.edit_model(seen)
+    for method in arm.methods:
+        method.finish(seen, calibration)
+    return model.eval().requires_grad_(False)
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what training changes: parameters with gradients, and buffers, under the library's keys."""
+    state = model.state_dict(keep_vars=True)
+    buffers = {id(buffer) for buffer in model.buffers()}
+    return {k: v.detach().clone() for k, v in state.items() if v.requires_grad or id(v) in buffers}

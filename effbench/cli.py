@@ -1,0 +1,185 @@
+"""The command line, a thin layer. Exit codes: 0 ok, 1 failure, 2 invalid or no data, 3 usage, 130 interrupted."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer.exceptions import TyperException
+
+from effbench.commands.data import check, get
+from effbench.commands.run import exit_code, run
+from effbench.errors import EffbenchError, UsageError
+from effbench.terminal import console, say, say_error
+
+INTERRUPTED = 130
+KEPT = "finished work is kept, and the same command goes on from there"
+
+
+def _app(help: str) -> typer.Typer:
+    return typer.Typer(
+        help=help,
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def _examples(*lines: str) -> str:
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"  {line}" for line in lines)
+
+
+app = _app("Does this efficiency method really make my model cheaper, and what does it cost in quality?")
+data = _app("Get and check data sets.")
+new = _app("Start a plugin of your own.")
+app.add_typer(data, name="data")
+app.add_typer(new, name="new")
+
+Out = Annotated[Path, typer.Option("--out", help="Folder of the leaderboard and its records.", show_default=True)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"effbench {version('effbench')}")
+        raise typer.Exit()
+
+
+@app.callback(epilog=_examples("effbench run --method token_prune --task flickr8k", "effbench leaderboard"))
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; allowed anywhere.")] = False,
+) -> None:
+    pass
+
+
+app.command(
+    epilog=_examples(
+        "effbench run --method token_prune --task flickr8k",
+        "effbench run --method token_prune:keep=0.5,at=3/6/9 --method token_merge --seeds 3",
+        "effbench run --method token_prune --backbone timm:deit_tiny_patch16_224 --weights deit.safetensors",
+        "effbench run --method token_prune --task scenes --dry-run",
+    )
+)(run)
+data.command(epilog=_examples("effbench data get flickr8k", "effbench data get flickr8k --to /data/flickr8k"))(get)
+data.command(epilog=_examples("effbench data check flickr8k", "effbench data check flickr8k --data PATH"))(check)
+
+
+@app.command(epilog=_examples("effbench leaderboard", "effbench leaderboard --out results"))
+def leaderboard(out: Out = Path("leaderboard")) -> None:
+    """Write the leaderboard anew from the records."""
+    from effbench.report.leaderboard import write_leaderboard
+
+    say(f"leaderboard: {write_leaderboard(out)}")
+
+
+@app.command(epilog=_examples("effbench show latest", "effbench show 20260102-flickr8k --out results"))
+def show(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Id or its beginning, latest, or a record's folder.")],
+    out: Out = Path("leaderboard"),
+) -> int:
+    """Show one run."""
+    from effbench import store
+    from effbench.report.show import print_record
+
+    record = store.read(store.find(out, name))
+    print_record(record, console())
+    return exit_code(record)
+
+
+@app.command(
+    "list",
+    epilog=_examples(
+        "effbench list", "effbench list methods", "effbench list methods token_prune", "effbench list runs"
+    ),
+)
+def list_(
+    kind: Annotated[
+        Literal["methods", "tasks", "backbones", "runs"] | None, typer.Argument(help="Default: all but runs.")
+    ] = None,
+    name: Annotated[str | None, typer.Argument(help="One of them, in detail: a method's parameters.")] = None,
+    out: Out = Path("leaderboard"),
+) -> None:
+    """List methods, tasks and backbones, built-in or from plugins, or the runs."""
+    from effbench import listing
+
+    if kind == "runs":
+        listing.runs(out, console())
+    elif name is not None:
+        listing.detail(kind, name, console())
+    else:
+        for each in [kind] if kind else ["methods", "tasks", "backbones"]:
+            listing.plugins(each, console())
+
+
+@app.command(epilog=_examples("effbench doctor"))
+def doctor() -> int:
+    """Show what is installed, the devices, and the data and weights that were found."""
+    from effbench.doctor import examine
+
+    return examine(console())
+
+
+@new.command(
+    "method", epilog=_examples("effbench new method half_depth", "effbench new method half_depth --to plugins")
+)
+def new_method(
+    name: Annotated[str, typer.Argument(help="The method's name: lower case, digits and _.")],
+    to: Annotated[Path, typer.Option(help="Folder to make the package in.")] = Path("."),
+) -> None:
+    """Write a package with a method that works, its test and its README."""
+    from effbench.scaffold import write_method
+
+    folder = write_method(name, to)
+    say(f"wrote {folder}\nnext:  pip install -e {folder}\n       effbench run --method {name} --task scenes")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code; every error is one line and the next step on stderr.
+
+    Args:
+        arguments: what follows `effbench` on the command line; None for the process's own.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="effbench", standalone_mode=False)
+    except BaseException as error:
+        if debug and not isinstance(error, SystemExit):
+            traceback.print_exc()
+        return _explain(error)
+    return _explain(KeyboardInterrupt()) if code == INTERRUPTED else code or 0
+
+
+def _explain(error: BaseException) -> int:
+    """Say what went wrong and what to do next; the exit code."""
+    match error:
+        case EffbenchError():
+            say_error(str(error), error.hint)
+            return error.exit_code
+        case TyperException():
+            context = getattr(error, "ctx", None)
+            if message := error.format_message():  # without a command typer has shown the help
+                command = context.command_path if context else "effbench"
+                say_error(message.replace("Value error, ", ""), f"{command} --help")
+            return UsageError.exit_code
+        case KeyboardInterrupt() | typer.Abort():
+            say_error(f"stopped; {KEPT}")
+            return INTERRUPTED
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            where = f" ({error.filename})" if error.filename else ""
+            say_error(f"the disk is full{where}", f"make room; {KEPT}")
+            return 1
+        case Exception():
+            say_error(f"{type(error).__name__}: {error}", "run again with --debug to see where")
+            return 1
+    raise error

@@ -1,0 +1,128 @@
+"""`effbench run`: what is asked on the command line, handed to `effbench.experiment.run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from effbench.errors import InvalidError
+from effbench.terminal import console, say
+
+if TYPE_CHECKING:
+    from effbench.records import Record
+
+What, Training, Timing, Running = "What is compared", "Training", "Timing", "Running"
+
+
+def run(
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="An arm: NAME[:param=value,...], joined by + for a stack. Repeatable.", rich_help_panel=What),
+    ] = None,
+    task: Annotated[str, typer.Option(help="effbench list tasks", rich_help_panel=What)] = "flickr8k",
+    backbone: Annotated[
+        str, typer.Option(help="FAMILY:NAME; auto takes the weights that it finds.", rich_help_panel=What)
+    ] = "auto",
+    weights: Annotated[
+        str | None, typer.Option(help="A file of weights, or random (time and FLOPs only).", rich_help_panel=What)
+    ] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="Tag of weights that the library downloads.", rich_help_panel=What)
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="PATH of a copy; real: no stand-in; scenes: the embedded images.", rich_help_panel=What),
+    ] = None,
+    train: Annotated[
+        Literal["none", "locked", "full"] | None,
+        typer.Option(help="locked: the image tower is frozen; default: the task's.", rich_help_panel=Training),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=0, help="Default: the task's recommendation.", rich_help_panel=Training)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=2, help="Images per training step; default: the task's.", rich_help_panel=Training)
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=8, help="Side in pixels; default: the backbone's.", rich_help_panel=Training)
+    ] = None,
+    head: Annotated[
+        Literal["cosine", "sigmoid", "bilinear"], typer.Option(help="Similarity and loss.", rich_help_panel=Training)
+    ] = "cosine",
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate; default: the task's.", rich_help_panel=Training)
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(min=0, help="Default: the task's.", rich_help_panel=Training)
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Trainings per arm; a claim about quality needs 3.", rich_help_panel=Training)
+    ] = 1,
+    data_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the training split.", rich_help_panel=Training)
+    ] = 1.0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default: all cores.", rich_help_panel=Timing)
+    ] = None,
+    timing_batch: Annotated[int, typer.Option(min=1, help="Images per timed step.", rich_help_panel=Timing)] = 16,
+    timing_pairs: Annotated[
+        int, typer.Option(min=0, help="Timed pairs of baseline and arm.", rich_help_panel=Timing)
+    ] = 30,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the leaderboard and its records.", rich_help_panel=Running)
+    ] = Path("leaderboard"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, its time and memory.", rich_help_panel=Running)
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over instead of resuming.", rich_help_panel=Running)
+    ] = False,
+    checkpoint_every: Annotated[
+        float, typer.Option(min=0, help="Seconds of steps between checkpoints.", rich_help_panel=Running)
+    ] = 60.0,
+) -> int:
+    """Compare methods with the baseline and its controls under one protocol, and write the leaderboard.
+
+    Without --method the baseline runs alone with its controls. The same command resumes a run that was stopped.
+    """
+    from effbench.experiment import run as run_experiment
+    from effbench.report.show import print_record
+
+    record = run_experiment(
+        method or [],
+        task,
+        backbone=backbone,
+        weights=weights,
+        pretrained=pretrained,
+        data=data,
+        train=train,
+        epochs=epochs,
+        batch_size=batch_size,
+        image_size=image_size,
+        head=head,
+        lr=lr,
+        weight_decay=weight_decay,
+        seeds=seeds,
+        data_share=data_share,
+        threads=threads,
+        timing_batch=timing_batch,
+        timing_pairs=timing_pairs,
+        out=out,
+        dry_run=dry_run,
+        fresh=fresh,
+        checkpoint_every=checkpoint_every,
+    )
+    if record is None:
+        return 0
+    print_record(record, console())
+    say(f"\nleaderboard: {out / 'README.md'}")
+    return exit_code(record)
+
+
+def exit_code(record: Record) -> int:
+    """What a command that shows a record exits with: 2 for an invalid one, 1 where an arm failed, else 0."""
+    if record.status == "INVALID":
+        return InvalidError.exit_code
+    return int(any(arm.status == "FAILED" for arm in record.arms))

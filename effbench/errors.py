@@ -1,0 +1,32 @@
+"""Errors that a user can act on: one message, one next step, one exit code."""
+
+
+class EffbenchError(Exception):
+    """A failure that is reported as one line and a hint, without a traceback.
+
+    Args:
+        message: what is wrong, naming the offending value.
+        hint: the next step, usually a command.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InvalidError(EffbenchError):
+    """The run is invalid or its data are missing: nothing that was measured may be used."""
+
+    exit_code = 2
+
+
+class DataNotFound(InvalidError):
+    """No copy of a data set was found; the message lists the places that were looked at."""
+
+
+class UsageError(EffbenchError):
+    """What was asked for cannot be: an unknown name, a value out of range, a combination that conflicts."""
+
+    exit_code = 3

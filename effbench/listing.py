@@ -1,0 +1,100 @@
+"""Tables of plugins and runs, as `effbench list` shows them. Plugins are not imported to be listed."""
+
+from __future__ import annotations
+
+from inspect import getdoc
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from effbench import registry
+from effbench.terminal import plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+REGISTRIES = {"methods": registry.methods, "tasks": registry.tasks, "backbones": registry.backbones}
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, header_style="dim", overflow="fold")
+    return table
+
+
+def plugins(kind: str, console: Console) -> None:
+    """Name, summary and origin of all methods, tasks or backbones, and what is wrong with one where that is known."""
+    table = _table(f"{kind}", "name", "summary", "from")
+    table.columns[0].no_wrap = True
+    entries = REGISTRIES[kind].entries()
+    names = [entry.name for entry in entries]
+    for entry in entries:
+        problem = "brought by several distributions" if names.count(entry.name) > 1 else entry.problem
+        said = Text(f"cannot be used: {plain(problem)}", "red") if problem else Text(plain(entry.summary))
+        table.add_row(Text(plain(entry.name), "cyan"), said, Text(plain(entry.distribution), "dim"))
+    console.print(table)
+    if kind == "methods":
+        console.print("\nparameters of one: effbench list methods NAME", style="dim", highlight=False)
+    console.print()
+
+
+def detail(kind: str, name: str, console: Console) -> None:
+    """What one plugin says about itself; for a method its source, phases, conflicts and parameters.
+
+    Raises:
+        UsageError: no such plugin.
+        EffbenchError: it cannot be imported.
+    """
+    plugin = REGISTRIES[kind].get(name)
+    console.print(Text(name, "bold cyan"))
+    for paragraph in (getdoc(plugin) or "").split("\n\n"):
+        console.print(Text(plain(" ".join(paragraph.split()))))
+    if kind != "methods":
+        return
+    from effbench.spec import default, valid, write
+
+    for label, value in (
+        ("source", plugin.source),
+        ("phases", " or ".join(plugin.phases)),
+        ("conflicts with", ", ".join(plugin.conflicts)),
+    ):
+        if value:
+            console.print(Text.assemble((f"{label}: ", "dim"), plain(value)))
+    table = _table("\nparameters", "name", "default", "takes", "meaning")
+    for parameter, field in plugin.parameters().items():
+        table.add_row(
+            Text(parameter, "cyan"),
+            Text(plain(write(default(plugin, parameter)))),
+            Text(plain(valid(plugin, parameter))),
+            Text(plain(field.metadata.get("help", ""))),
+        )
+    console.print(table)
+    first = next(iter(plugin.parameters()))
+    console.print(
+        f"\neffbench run --method {name}:{first}={write(default(plugin, first))}", style="dim", highlight=False
+    )
+
+
+def runs(root: Path, console: Console) -> None:
+    """All records under a leaderboard's folder, oldest first, and what cannot be read."""
+    from effbench.store import read_all
+
+    records, problems = read_all(root)
+    if not records and not problems:
+        console.print(Text(f"no run in {root}; make one: effbench run --method token_prune --task flickr8k"))
+        return
+    table = _table(f"runs in {root}", "id", "when", "task", "data", "backbone", "arms", "status")
+    table.columns[0].no_wrap = True
+    for record in records:
+        arms = ", ".join(arm.name for arm in record.arms if arm.kind == "method") or "baseline alone"
+        when = f"{record.created:%Y-%m-%d %H:%M}"
+        cells = (record.id, when, record.envelope.task, record.envelope.data, record.envelope.backbone, arms)
+        failed = any(arm.status == "FAILED" for arm in record.arms)
+        status = record.status if record.status != "ok" else "arm FAILED" if failed else "ok"
+        table.add_row(*(Text(plain(cell)) for cell in cells), Text(status, "red" if status != "ok" else "green"))
+    console.print(table)
+    for problem in problems:
+        console.print(Text(f"cannot be read: {plain(problem)}", "red"))

@@ -1,0 +1,120 @@
+"""What a method is: a dataclass of parameters with up to three hooks. A method's author reads this file.
+
+    @dataclass(frozen=True)
+    class HalfDepth(Method):
+        "Keep only the first blocks of the image tower."
+
+        keep: int = param(6, "blocks that stay", low=1)
+        source = "illustration"
+
+        def edit_model(self, model):
+            model.image.keep_blocks(range(self.keep))
+
+Save it as a file of a package that an entry point of the group `effbench.methods` names; the file's name is
+the method's name. `effbench new method NAME` writes such a package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from effbench.models.tower import ModelView
+
+PHASES = ("test", "train", "both")
+
+
+def param(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+) -> Any:
+    """A parameter of a method: its default, one line of help, and what values it takes.
+
+    Args:
+        default: value when the spec names none; a list is a tuple (`at=3/6/9` is `(3, 6, 9)`).
+        help: one line.
+        low, high: inclusive bounds; `above` is an exclusive lower bound. On a tuple they hold for every element.
+        choices: the allowed values.
+    """
+    return field(default=default, metadata=dict(help=help, low=low, high=high, above=above, choices=choices))
+
+
+@dataclass
+class TrainingPlan:
+    """What an arm trains.
+
+    Args:
+        model: the view of the model, edited already.
+        frozen: modules that are not trained (with `--train locked` the image tower).
+        trained: modules inside frozen ones that are trained all the same, e.g. a method's own scorer.
+    """
+
+    model: ModelView
+    frozen: list[nn.Module]
+    trained: list[nn.Module]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One efficiency method with typed parameters. Subclass it, as a frozen dataclass, in a file of its own.
+
+    Class attributes:
+        source: where the algorithm is published (paper, arXiv id).
+        conflicts: names of methods that cannot stand in the same stack.
+        default_phase: "test" (applied after training to the baseline's own weights: the default of a training-free
+            method), "train" (only while training) or "both". A user overrides it with `phase=`.
+        phases: the phases that the method supports.
+    """
+
+    source: ClassVar[str] = ""
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    default_phase: ClassVar[str] = "test"
+    phases: ClassVar[tuple[str, ...]] = PHASES
+
+    phase: str = field(default="", kw_only=True, metadata=dict(help="when it acts: test, train or both"))
+
+    def __post_init__(self) -> None:
+        from effbench.spec import check_parameters
+
+        if not self.phase:
+            object.__setattr__(self, "phase", self.default_phase)
+        check_parameters(self)
+
+    def edit_model(self, model: ModelView) -> None:
+        """Change the model's structure in place: prune tokens after block k, swap the attention, drop layers.
+
+        Args:
+            model: the view of the model; `model.image` and `model.text` are towers (or None).
+
+        Raises:
+            UsageError: the model lacks what the method needs; say what it is and name the alternative.
+        """
+
+    def edit_training(self, plan: TrainingPlan) -> None:
+        """Change what is trained, in place on the plan. Called after `edit_model`, before training."""
+
+    def finish(self, model: ModelView, calibration: Any) -> None:
+        """Change the trained model in place: quantise, prune channels, remove layers.
+
+        Args:
+            model: the view of the trained model.
+            calibration: an iterable of training images, each (batch, 3, height, width), float32, normalised.
+        """
+
+    def controls(self) -> dict[str, Method]:
+        """Arms that a comparison with this method must carry, by name, e.g. `{"random": <same budget, blind>}`."""
+        return {}
+
+    @classmethod
+    def parameters(cls) -> dict[str, Any]:
+        """The declared parameters by name, as dataclass fields (`.default`, `.type`, `.metadata`)."""
+        own = {f.name: f for f in fields(cls) if f.name != "phase"}
+        return own | {f.name: f for f in fields(cls) if f.name == "phase"}

@@ -1,0 +1,1 @@
+"""Models under test: backbones, the tower view, the shared attention and the heads."""

@@ -1,0 +1,42 @@
+"""A word vocabulary made of the training captions, for text towers that have no tokenizer of their own."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+PAD, UNKNOWN = 0, 1
+_WORD = re.compile(r"[a-z0-9']+")
+
+
+class Vocabulary:
+    """Words seen at least `least` times, sorted; the end-of-text token has the highest id (argmax pooling).
+
+    Args:
+        captions: the training captions.
+        context: tokens per caption, end-of-text included; longer captions are cut.
+        least: words seen less often become UNKNOWN.
+    """
+
+    def __init__(self, captions: Iterable[str], context: int = 32, least: int = 2) -> None:
+        counts = Counter(word for caption in captions for word in _WORD.findall(caption.lower()))
+        words = sorted(word for word, count in counts.items() if count >= least)
+        self.ids = {word: index + 2 for index, word in enumerate(words)}
+        self.context = context
+        self.end = len(words) + 2
+
+    def __len__(self) -> int:
+        return self.end + 1
+
+    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+        """Token ids, (captions, context), int64."""
+        out = np.full((len(captions), self.context), PAD, dtype=np.int64)
+        for row, caption in zip(out, captions, strict=True):
+            words = _WORD.findall(caption.lower())[: self.context - 1]
+            row[: len(words)] = [self.ids.get(word, UNKNOWN) for word in words]
+            row[len(words)] = self.end
+        return torch.from_numpy(out)

@@ -1,0 +1,86 @@
+"""Figures as plain text, the same in the leaderboard and in the terminal."""
+
+from __future__ import annotations
+
+import math
+
+from effbench.records import Arm, Flops, Interval, MetricValue, Record, Speedup
+
+NONE = "—"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """At least `digits` significant digits, without exponent up to a million."""
+    if value == 0 or not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits}g}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def bounds(figure: Interval | MetricValue, scale: float = 1, digits: int = 2, sign: str = "") -> str:
+    """` [low, high]`, or nothing where there is no interval."""
+    if figure.low is None or figure.high is None:
+        return ""
+    return f" [{scale * figure.low:{sign}.{digits}f}, {scale * figure.high:{sign}.{digits}f}]"
+
+
+def ratio(figure: Speedup | None) -> str:
+    """`1.42x [1.38, 1.47]`."""
+    return NONE if figure is None else f"{figure.value:.2f}x{bounds(figure)}"
+
+
+def gflops(flops: Flops | None) -> str:
+    """GFLOPs; `≥` marks a lower bound, `+` the method's own scoring and matching."""
+    if flops is None:
+        return NONE
+    own = f" +{number(flops.overhead / 1e9, 2)}" if flops.overhead else ""
+    return f"{'' if flops.complete else '≥ '}{number(flops.dense / 1e9)}{own}"
+
+
+def mebibytes(count: int | None) -> str:
+    return number(count / 2**20) if count else NONE
+
+
+def tokens(arm: Arm) -> str:
+    """Tokens that enter the first and the last block's MLP."""
+    if not arm.tokens:
+        return NONE
+    first, last = arm.tokens[0], arm.tokens[-1]
+    return str(first) if first == last else f"{first} → {last}"
+
+
+def metric(value: MetricValue | None, interval: bool = False) -> str:
+    """A metric's value, with its interval where that is asked for."""
+    if value is None:
+        return NONE
+    digits = 1 if value.unit == "%" or abs(value.value) >= 10 else 3
+    return f"{value.value:.{digits}f}{bounds(value, digits=digits) if interval else ''}"
+
+
+def lossiness(value: MetricValue | None) -> str:
+    """Lossy-ness in per cent with its interval; its note where there is one."""
+    if value is None:
+        return NONE
+    if value.lossiness is None:
+        return value.note if value.note.startswith("n/a") else NONE
+    loss = value.lossiness
+    return f"{100 * loss.value:+.1f} %{bounds(loss, 100, 1, '+')}" + (f" ({value.note})" if value.note else "")
+
+
+def heading(record: Record, name: str) -> str:
+    """A metric's column heading: name, unit, direction."""
+    value = next((arm.metrics[name] for arm in record.arms if name in arm.metrics), None)
+    if value is None:
+        return name
+    return f"{name} {value.unit} {'↑' if value.higher_is_better else '↓'}".replace("  ", " ")
+
+
+def label(arm: Arm) -> str:
+    """The arm's name, with its stack where the name does not say it, and what it controls."""
+    text = f"{arm.name}: {arm.spec}" if arm.spec and not arm.spec.startswith(arm.name) else arm.spec or arm.name
+    if arm.kind == "control":
+        text = f"control · {text}" + (f" (for {', '.join(arm.controls_for)})" if arm.controls_for else "")
+    return text
+
+
+def status(arm: Arm) -> str:
+    return arm.status + (f": {arm.error}" if arm.error else "")

@@ -1,0 +1,279 @@
+"""The leaderboard: README.md of a folder of records, one ranking per envelope.
+
+Within an envelope the baseline comes first, then the methods by test speed-up, then the controls. Where several
+records of an envelope hold the same arm, its newest successful measurement is shown.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effbench import store
+from effbench.errors import EffbenchError
+from effbench.records import Arm, Envelope, Record
+from effbench.report import figures
+from effbench.report.markdown import code, escape, table
+
+KINDS = ("baseline", "method", "control")
+MAX_METRICS = 9
+INTRODUCTION = """\
+# effbench leaderboard
+
+Written by `effbench leaderboard` from the records in [records](records); do not edit.
+
+- Every table is one *envelope*: the same task, data, weights, protocol and device. Rows of two tables are never ranked
+  together.
+- Order: the baseline, then the methods by test speed-up, then the controls.
+- Speed-up: median of the paired ratios baseline time / arm time, with its 95 % interval. A speed-up inside the band of
+  `noop`, a second untouched baseline, is noise.
+- GFLOPs: per image-caption pair at test time, 1 MAC = 2 FLOPs; `+` is the method's own scoring, `≥` a lower bound.
+  Tokens: those that enter the first and the last block's MLP. Peak: memory of the arm in a process of its own.
+- Lossy-ness: 1 - quality / baseline's quality, with its 95 % interval; negative is better than the baseline.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm as it is shown: the record it comes from, and how many records of the envelope hold that arm."""
+
+    arm: Arm
+    record: Record
+    count: int
+
+
+def write_leaderboard(root: Path) -> Path:
+    """Write `root/README.md` from all records in `root/records`, atomically, and return its path.
+
+    Raises:
+        EffbenchError: the folder cannot be written.
+    """
+    root = Path(root)
+    text = render(*store.read_all(root))
+    path = root / "README.md"
+    temporary = ""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".README-", dir=root)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        hint = "free some space or choose another --out, then run: effbench leaderboard"
+        raise EffbenchError(f"the leaderboard {path} was not written: {error.strerror}", hint) from error
+    return path
+
+
+def render(records: list[Record], problems: list[str]) -> str:
+    """The leaderboard as Markdown.
+
+    Args:
+        records: oldest first, as `store.read_all` gives them.
+        problems: one sentence for each record that could not be read.
+    """
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.envelope.digest].append(record)
+    differing = _differing([group[0].envelope for group in groups.values()])
+    order = sorted(groups, key=lambda digest: store.created(groups[digest][-1]), reverse=True)
+    order.sort(key=lambda digest: (groups[digest][0].envelope.synthetic, groups[digest][0].envelope.task))
+    parts = [INTRODUCTION]
+    if not records:
+        parts.append("No run yet. Make one: `effbench run --method METHOD --task TASK`\n")
+    parts += [_section(digest, groups[digest], differing[groups[digest][0].envelope.task]) for digest in order]
+    if problems:
+        parts.append("## Records that could not be read\n\n" + "\n".join(f"- {escape(each, 500)}" for each in problems))
+    return "\n".join(parts).rstrip("\n") + "\n"
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The envelope's fields by dotted name."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: leaf for field in value for key, leaf in flat(value[field], f"{name}.{field}".strip(".")).items()}
+
+
+def _differing(envelopes: list[Envelope]) -> dict[str, list[str]]:
+    """By task: the fields in which its envelopes differ."""
+    by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for envelope in envelopes:
+        by_task[envelope.task].append(flat(envelope.model_dump()))
+    return {
+        task: [
+            field
+            for field in dict.fromkeys(field for each in some for field in each)
+            if len({repr(each.get(field)) for each in some}) > 1
+        ]
+        for task, some in by_task.items()
+    }
+
+
+def _section(digest: str, records: list[Record], differing: list[str]) -> str:
+    """One envelope: heading, ranking, and what is needed to judge and repeat it."""
+    newest, envelope = records[-1], records[-1].envelope
+    valid = [record for record in records if record.status == "ok"]
+    rows = _rows(valid)
+    parts = [_heading(envelope, digest), _conditions(envelope), _warning(envelope, differing)]
+    if rows:
+        parts += ["**Cost**", _cost(rows), "**Quality**", _quality(rows, newest)]
+        parts.append(_measured(rows, len(valid)))
+    invalid = [record for record in records if record.status != "ok"]
+    if invalid:
+        listed = (f"- `{each.id}`: {escape(each.why_invalid) or 'no reason given'}" for each in invalid)
+        parts.append("**Invalid runs, not ranked**\n\n" + "\n".join(listed))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _heading(envelope: Envelope, digest: str) -> str:
+    data = f"{escape(envelope.data)} (synthetic)" if envelope.synthetic else escape(envelope.data)
+    weights = envelope.weights[:12] if len(envelope.weights) == 64 else envelope.weights
+    return (
+        f"## {escape(envelope.task)} on data **{data}** · {escape(envelope.backbone)} · weights {escape(weights)} · "
+        f"train {envelope.protocol.train} · `{digest}`"
+    )
+
+
+def _conditions(envelope: Envelope) -> str:
+    protocol = envelope.protocol
+    trained = f"{_plural(protocol.epochs, 'epoch')}, batch {protocol.batch_size}, " if protocol.train != "none" else ""
+    images = envelope.images.get(envelope.split, 0)
+    captions = envelope.captions.get(envelope.split, 0)
+    return (
+        f"{trained}{protocol.image_size} px, {protocol.head} head, {_plural(len(protocol.seeds), 'seed')}, "
+        f"{protocol.precision}, {_plural(protocol.threads, 'thread')} on {escape(protocol.device)} "
+        f"({escape(envelope.device_model)}); timed {protocol.timing_pairs} pairs of {protocol.timing_batch} images; "
+        f"{escape(envelope.split)} split: {images:,} images, {captions:,} captions."
+    )
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def _warning(envelope: Envelope, differing: list[str]) -> str:
+    lines = []
+    if envelope.synthetic:
+        lines.append(
+            f"> **These are results on {escape(envelope.data)}, images drawn by a program. They are never ranked with "
+            "results on real data, and say nothing about quality there.**"
+        )
+    if differing:
+        values = flat(envelope.model_dump())
+        named = [f"{escape(field)} ({escape(_value(values.get(field)), 60)})" for field in differing]
+        lines.append(
+            "> Not comparable with the other tables of this task, which differ in (here): " + ", ".join(named) + "."
+        )
+    return "\n>\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value))
+    text = "absent" if value is None else str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def _rows(records: list[Record]) -> list[Row]:
+    """The arms of an envelope in the order of the ranking; of equal arms the newest that did not fail."""
+    best: dict[tuple, tuple[Arm, Record]] = {}
+    count: dict[tuple, int] = defaultdict(int)
+    for record in records:
+        for arm in record.arms:
+            key = (arm.kind, arm.control, arm.spec, arm.phase)
+            count[key] += 1
+            if key not in best or arm.status == "ok" or best[key][0].status != "ok":
+                best[key] = (arm, record)
+    rows = [Row(arm, record, count[key]) for key, (arm, record) in best.items()]
+
+    def rank(row: Row) -> tuple:
+        figure = row.arm.test_speedup
+        return KINDS.index(row.arm.kind), row.arm.status != "ok", -figure.value if figure else 0.0, row.arm.name
+
+    return sorted(rows, key=rank)
+
+
+def _name(row: Row) -> str:
+    name = escape(figures.label(row.arm))
+    name = f"**{name}**" if row.arm.kind == "baseline" else name
+    return name + (f" ({row.count} runs)" if row.count > 1 else "")
+
+
+def _cost(rows: list[Row]) -> str:
+    header = ["arm", "phase", "test speed-up", "verdict", "image tower", "train speed-up", "GFLOPs", "tokens"]
+    header += ["params M", "weights MiB", "peak MiB", "status"]
+    cells = []
+    for row in rows:
+        arm = row.arm
+        train = figures.ratio(arm.train_speedup) if arm.train_time else figures.NONE
+        cells.append(
+            [
+                _name(row),
+                figures.NONE if arm.kind == "baseline" else arm.phase,
+                figures.ratio(arm.test_speedup),
+                arm.test_speedup.verdict if arm.test_speedup else figures.NONE,
+                figures.ratio(arm.image_speedup),
+                train,
+                figures.gflops(arm.test_flops),
+                figures.tokens(arm),
+                figures.number(arm.parameters / 1e6) if arm.parameters else figures.NONE,
+                figures.mebibytes(arm.weight_bytes),
+                figures.mebibytes(arm.memory and arm.memory.run_peak),
+                escape(figures.status(arm)),
+            ]
+        )
+    return table(header, cells)
+
+
+def _quality(rows: list[Row], record: Record) -> str:
+    primary = record.primary_metric
+    names = [primary, *(name for name in record.envelope.metrics if name != primary)][:MAX_METRICS]
+    header = ["arm", f"lossy-ness of {escape(primary)}", *(escape(figures.heading(record, name)) for name in names)]
+    cells = []
+    for row in rows:
+        found = row.arm.metrics
+        values = [figures.metric(found.get(name), interval=name == primary) for name in names]
+        cells.append([_name(row), escape(figures.lossiness(found.get(primary))), *values])
+    return table(header, cells)
+
+
+def _measured(rows: list[Row], total: int) -> str:
+    """The records that the rows come from: noise floor, kernel effect, machine, command, notes."""
+    shown = {row.record.id: row.record for row in rows}
+    parts = [f"**Measured in** {len(shown)} of {_plural(total, 'run')} of this envelope"]
+    sources = {row.arm.name: row.arm.source for row in rows if row.arm.source}
+    if sources:
+        parts.append("Sources: " + "; ".join(f"{escape(name)}: {escape(text)}" for name, text in sources.items()))
+    for record in shown.values():
+        floor, kernel = (_control(record, name) for name in ("noop", "identity"))
+        load = record.provenance.load
+        facts = [
+            f"noise floor (noop) {floor}",
+            f"kernel effect (identity) {kernel}",
+            f"load {load:.2f} per core" if load is not None else "",
+            f"{record.wall_time:.0f} s",
+            f"peak {figures.mebibytes(record.peak_memory)} MiB" if record.peak_memory else "",
+            f"lockstep overhead {100 * record.lockstep_overhead:.1f} %",
+            f"effbench {escape(record.provenance.effbench)}" if record.provenance.effbench else "",
+            f"commit {escape(record.provenance.commit[:12])}" if record.provenance.commit else "",
+        ]
+        parts.append(f"`{record.id}` ({store.created(record):%Y-%m-%d}): " + "; ".join(fact for fact in facts if fact))
+        if record.provenance.command:
+            parts.append(code(record.provenance.command))
+        notes = [*record.notes, *(f"{arm.name}: {note}" for arm in record.arms for note in arm.notes)]
+        if notes:
+            parts.append("\n".join(f"- {escape(note, 300)}" for note in dict.fromkeys(notes)))
+    return "\n\n".join(parts)
+
+
+def _control(record: Record, name: str) -> str:
+    arm = next((arm for arm in record.arms if arm.control == name), None)
+    return figures.ratio(arm.test_speedup) if arm else figures.NONE

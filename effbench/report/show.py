@@ -1,0 +1,117 @@
+"""One run as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from effbench import store
+from effbench.records import Arm, Record
+from effbench.report import figures
+from effbench.report.markdown import clean
+
+VERDICT_STYLES = {"FASTER": "green", "SLOWER": "red", "AMBIGUOUS": "yellow", "TOO FEW SAMPLES": "yellow"}
+KIND_STYLES = {"baseline": "bold", "control": "dim", "method": ""}
+MAX_METRICS = 6
+
+
+def print_record(record: Record, console: Console) -> None:
+    """Print a run: what was measured, the arms' cost and quality, and what limits the figures (fits 100 columns)."""
+    arms = sorted(record.arms, key=lambda arm: ("baseline", "method", "control").index(arm.kind))
+    envelope, protocol = record.envelope, record.envelope.protocol
+    data = clean(envelope.data) + (" (synthetic)" if envelope.synthetic else "")
+    console.print(Text.assemble((f"{clean(envelope.task)} on {data}", "bold"), f" · {clean(envelope.backbone)}"))
+    console.print(
+        Text(
+            f"run {record.id} · {store.created(record):%Y-%m-%d %H:%M} · train {protocol.train} · "
+            f"{len(protocol.seeds)} seed(s) · {record.wall_time:.0f} s · {clean(envelope.device_model)}",
+            style="dim",
+        )
+    )
+    if record.status != "ok":
+        console.print(Text(f"INVALID: {clean(record.why_invalid, None)}", style="bold red"))
+    console.print(_cost(arms))
+    console.print(_quality(arms, record))
+    floor, kernel = (next((arm for arm in arms if arm.control == name), None) for name in ("noop", "identity"))
+    console.print(
+        f"noise floor (noop) {figures.ratio(floor and floor.test_speedup)} · "
+        f"kernel effect (identity) {figures.ratio(kernel and kernel.test_speedup)}",
+        highlight=False,
+        markup=False,
+    )
+    for arm in arms:
+        if arm.status != "ok":
+            console.print(Text(f"{clean(arm.name)} {arm.status}: {clean(arm.error, None)}", style="red"))
+    notes = [*record.notes, *(f"{arm.name}: {note}" for arm in arms for note in arm.notes)]
+    notes += [
+        f"{arm.name}: {value.note}" for arm in arms if (value := arm.metrics.get(record.primary_metric)) and value.note
+    ]
+    for note in dict.fromkeys(notes):
+        console.print(Text(f"- {clean(note, None)}", style="dim"))
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
+    table.add_column("arm", overflow="fold", min_width=14)
+    for column in columns:
+        table.add_column(Text(column), justify="right", overflow="fold")
+    return table
+
+
+def _fill(table: Table, arms: list[Arm], cells: Callable[[Arm], list[str | Text]]) -> Table:
+    """Add a row per arm, the controls in a block of their own."""
+    for i, arm in enumerate(arms):
+        if arm.kind == "control" and arms[i - 1].kind != "control":
+            table.add_section()
+            table.add_row(Text("controls:", style="dim"))
+        served = f" for {', '.join(arm.controls_for)}" if arm.controls_for else ""
+        text = f"{arm.name}{served}" if arm.kind == "control" else figures.label(arm)
+        indent = "  " if arm.kind == "control" else ""
+        table.add_row(Text(indent + clean(text), style=KIND_STYLES[arm.kind]), *cells(arm))
+    return table
+
+
+def _cost(arms: list[Arm]) -> Table:
+    columns = ["test speed-up", "image", "train", "GFLOPs", "tokens", "params\nM", "weights\nMiB", "peak\nMiB"]
+
+    def cells(arm: Arm) -> list[str | Text]:
+        return [
+            _speed(arm),
+            f"{arm.image_speedup.value:.2f}x" if arm.image_speedup else figures.NONE,
+            f"{arm.train_speedup.value:.2f}x" if arm.train_speedup and arm.train_time else figures.NONE,
+            figures.gflops(arm.test_flops).replace(" +", "\n+"),
+            figures.tokens(arm),
+            figures.number(arm.parameters / 1e6) if arm.parameters else figures.NONE,
+            figures.mebibytes(arm.weight_bytes),
+            figures.mebibytes(arm.memory and arm.memory.run_peak),
+        ]
+
+    return _fill(_table("Cost", columns), arms, cells)
+
+
+def _speed(arm: Arm) -> Text:
+    if arm.status != "ok":
+        return Text(arm.status, style="red")
+    if arm.test_speedup is None:
+        return Text(figures.NONE)
+    verdict = arm.test_speedup.verdict
+    value, _, interval = figures.ratio(arm.test_speedup).partition(" ")
+    text = Text.assemble(f"{value} ", (verdict, VERDICT_STYLES.get(verdict, "")))
+    return text.append(f"\n{interval}") if interval else text
+
+
+def _quality(arms: list[Arm], record: Record) -> Table:
+    primary = record.primary_metric
+    names = [primary, *(name for name in record.envelope.metrics if name != primary)][:MAX_METRICS]
+    headings = [clean(figures.heading(record, name)).replace(" ", "\n", 1) for name in names]
+
+    def cells(arm: Arm) -> list[str | Text]:
+        values = [figures.metric(arm.metrics.get(name), interval=name == primary) for name in names]
+        values.insert(0, figures.lossiness(arm.metrics.get(primary)))
+        return [Text(clean(value).replace(" [", "\n[")) for value in values]
+
+    return _fill(_table("Quality", [f"lossy-ness\n{clean(primary)}", *headings]), arms, cells)

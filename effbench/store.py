@@ -1,0 +1,280 @@
+"""Records on disk: one directory `records/<id>` per experiment, written atomically and never changed.
+
+    <root>/records/<id>/record.json       the schema of effbench.records
+    <root>/records/<id>/samples.parquet   raw samples, the table of effbench.samples
+
+Records that come from elsewhere are untrusted: bounded, validated, never executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import gc
+import os
+import shutil
+import stat
+import tempfile
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from effbench.errors import EffbenchError, InvalidError, UsageError
+from effbench.records import SCHEMA_VERSION, Arm, Interval, MetricValue, Record
+from effbench.samples import read_samples, write_samples
+
+if TYPE_CHECKING:
+    import pandas
+
+MAX_RECORD_BYTES = 16 * 2**20
+
+
+def write(record: Record, samples: pandas.DataFrame, root: Path) -> Path:
+    """Write a record and its samples to `root/records/<id>`, both or nothing, and return that directory.
+
+    Args:
+        samples: rows with the columns of effbench.samples.
+
+    Raises:
+        EffbenchError: the record exists already, the disk is full or not writable.
+        InvalidError: the record or the samples do not fit their schema.
+    """
+    text = record.model_dump_json(indent=1)
+    _parse(text.encode(), f"record {record.id}")
+    folder = Path(root) / "records"
+    final = folder / record.id
+    temporary = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if final.exists():
+            raise EffbenchError(f"record {record.id} exists in {folder} and is never overwritten", "use another --out")
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        temporary.chmod(0o755)
+        (temporary / "record.json").write_text(text, encoding="utf-8")
+        write_samples(samples, temporary / "samples.parquet")
+        for path in (temporary / "record.json", temporary / "samples.parquet", temporary):
+            _sync(path)
+        temporary.rename(final)
+        _sync(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            hint = f"free some space on the disk of {folder}, then run the same command again: it resumes"
+            raise EffbenchError(f"the disk is full: record {record.id} was not written", hint) from error
+        raise EffbenchError(
+            f"record {record.id} was not written: {error}", f"check that {folder} is writable"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def read(path: Path) -> Record:
+    """The record of a record directory or of a `record.json`.
+
+    Raises:
+        InvalidError: the file is missing, too large, truncated, of a newer schema or does not fit the schema; the
+            message names the file and the first problem.
+    """
+    path = Path(path)
+    path = path / "record.json" if path.is_dir() else path
+    try:
+        # A plain open would hang on a named pipe that somebody put there.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InvalidError(f"{path} is not a file")
+            content = file.read(MAX_RECORD_BYTES + 1)
+    except OSError as error:
+        raise InvalidError(f"{path} cannot be read: {error.strerror}", "list the runs: effbench list runs") from error
+    if len(content) > MAX_RECORD_BYTES:
+        raise InvalidError(f"{path} is larger than {MAX_RECORD_BYTES // 2**20} MiB: not a record")
+    return _parse(content, str(path))
+
+
+def read_all(root: Path) -> tuple[list[Record], list[str]]:
+    """All records under `root/records`, oldest first, and one sentence for each that cannot be read."""
+    records, problems = [], []
+    # The garbage collector would walk the growing list again and again: more than half of the time for many records.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for folder in _folders(Path(root)):
+            try:
+                record = read(folder)
+            except InvalidError as error:
+                problems.append(str(error))
+                continue
+            if record.id == folder.name:
+                records.append(record)
+            else:
+                problems.append(f"{folder} holds the record {record.id!r}: copied or renamed by hand")
+    finally:
+        if collecting:
+            gc.enable()
+    return sorted(records, key=lambda record: (created(record), record.id)), problems
+
+
+def created(record: Record) -> datetime:
+    """When the record was made; a time without a zone is read as UTC."""
+    return record.created if record.created.tzinfo else record.created.replace(tzinfo=UTC)
+
+
+def find(root: Path, name: str) -> Path:
+    """The directory of a run: its id, a unique beginning of it, "latest", or a path to a record directory.
+
+    Raises:
+        UsageError: there is none, or more than one begins so.
+    """
+    if (Path(name) / "record.json").is_file():
+        return Path(name)
+    folders = {folder.name: folder for folder in _folders(Path(root))}
+    if not folders:
+        raise UsageError(f"there is no run in {root}", "make one: effbench run --method METHOD --task TASK")
+    if name == "latest":
+        records, problems = read_all(root)
+        if not records:
+            raise InvalidError(f"no run in {root} can be read; the first problem: {problems[0]}")
+        return folders[records[-1].id]
+    matches = [name] if name in folders else [each for each in folders if name and each.startswith(name)]
+    if len(matches) == 1:
+        return folders[matches[0]]
+    if matches:
+        raise UsageError(f"{len(matches)} runs begin with {name!r}: {', '.join(matches[:5])}", "give more of the id")
+    near = difflib.get_close_matches(name, folders, n=1, cutoff=0.5)
+    raise UsageError(
+        f"there is no run {name!r} in {root}" + (f"; did you mean {near[0]!r}?" if near else ""),
+        "list the runs: effbench list runs",
+    )
+
+
+def load(path: str | Path, samples: bool = False) -> pandas.DataFrame:
+    """Results as a pandas frame: one row per arm, or the raw samples.
+
+    Args:
+        path: a record directory, or a folder that holds records (a leaderboard, the --out of a run).
+        samples: return the samples (columns of effbench.samples, and `run`) instead.
+
+    Returns:
+        One row per arm, oldest run first. Columns: run, created, task, data, backbone, envelope (rank only rows that
+        share it), run_status; arm, spec, kind, control, phase, status, error; test_speedup, image_speedup,
+        train_speedup (ratios, each with _low, _high, _verdict); train_seconds, test_seconds; test_flops,
+        test_overhead_flops, train_flops (per image-caption pair, 1 MAC = 2 FLOPs); parameters, weight_bytes,
+        peak_bytes; tokens_first, tokens_last; and for each metric M of its task: M, M_low, M_high, M_lossiness,
+        M_lossiness_low, M_lossiness_high (fractions), M_note. What was not measured is missing (NaN or None).
+
+    Raises:
+        InvalidError: `path` holds no record, or is itself a damaged record. Damaged ones among others are left out
+            with a warning.
+    """
+    import pandas as pd
+
+    path = Path(path)
+    if (path / "record.json").exists():
+        records, folders = [read(path)], [path]
+    else:
+        root = path if (path / "records").is_dir() else path.parent if path.name == "records" else path
+        records, problems = read_all(root)
+        folders = [root / "records" / record.id for record in records]
+        for problem in problems:
+            warnings.warn(problem, stacklevel=2)
+        if not records:
+            raise InvalidError(f"{path} holds no record", "give a record directory or a leaderboard folder")
+    if not samples:
+        return pd.DataFrame([_row(record, arm) for record in records for arm in record.arms])
+    frames = []
+    for record, folder in zip(records, folders, strict=True):
+        frame = read_samples(folder / "samples.parquet")
+        frame.insert(0, "run", record.id)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _folders(root: Path) -> list[Path]:
+    """The record directories under a root; hidden ones are unfinished writes."""
+    folder = root / "records"
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return [folder / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+
+
+def _parse(content: bytes, name: str) -> Record:
+    try:
+        record = Record.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(ascii(part).strip("'") for part in first["loc"])
+        found = first.get("input")
+        if where == "schema_version" and isinstance(found, int) and found > SCHEMA_VERSION:
+            message = f"{name} was written by a newer effbench (schema {found}; this one reads {SCHEMA_VERSION})"
+            raise InvalidError(message, "pip install --upgrade effbench") from None
+        if first["type"] == "json_invalid":
+            raise InvalidError(f"{name} is truncated or not JSON: {first['msg']}", "restore or delete it") from None
+        count = error.error_count()
+        more = f" (and {count - 1} more)" if count > 1 else ""
+        raise InvalidError(f"{name} is not a record: {where}: {first['msg']}{more}", "restore or delete it") from None
+    if sum(arm.kind == "baseline" for arm in record.arms) != 1:
+        raise InvalidError(f"{name} is not a record: it needs exactly one baseline arm", "restore or delete it")
+    if len({arm.name for arm in record.arms}) != len(record.arms):
+        raise InvalidError(f"{name} is not a record: two arms have the same name", "restore or delete it")
+    return record
+
+
+def _row(record: Record, arm: Arm) -> dict[str, Any]:
+    """One row of `load`."""
+    envelope = record.envelope
+    row = dict(
+        run=record.id,
+        created=created(record),
+        task=envelope.task,
+        data=envelope.data,
+        backbone=envelope.backbone,
+        envelope=envelope.digest,
+        run_status=record.status,
+        arm=arm.name,
+        spec=arm.spec,
+        kind=arm.kind,
+        control=arm.control,
+        phase=arm.phase,
+        status=arm.status,
+        error=arm.error,
+    )
+    for name in ("test_speedup", "image_speedup", "train_speedup"):
+        ratio = getattr(arm, name)
+        row |= _bounds(name, ratio) | {f"{name}_verdict": ratio and ratio.verdict}
+    row |= dict(
+        train_seconds=arm.train_time and arm.train_time.total,
+        test_seconds=arm.test_time and arm.test_time.total,
+        test_flops=arm.test_flops and arm.test_flops.dense,
+        test_overhead_flops=arm.test_flops and arm.test_flops.overhead,
+        train_flops=arm.train_flops and arm.train_flops.dense,
+        parameters=arm.parameters,
+        weight_bytes=arm.weight_bytes,
+        peak_bytes=arm.memory and arm.memory.run_peak,
+        tokens_first=arm.tokens[0] if arm.tokens else None,
+        tokens_last=arm.tokens[-1] if arm.tokens else None,
+    )
+    for name, metric in arm.metrics.items():
+        columns = _bounds(name, metric) | _bounds(f"{name}_lossiness", metric.lossiness) | {f"{name}_note": metric.note}
+        row |= {column: value for column, value in columns.items() if column not in row}
+    return row
+
+
+def _bounds(name: str, figure: Interval | MetricValue | None) -> dict[str, float | None]:
+    return {
+        name: figure and figure.value,
+        f"{name}_low": figure and figure.low,
+        f"{name}_high": figure and figure.high,
+    }
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,180 @@
+"""What a task is: data, a model head, a loss and metrics. A task's author reads this file.
+
+A task of the image-text alignment kind needs none of the methods below: it subclasses
+`effbench.alignment.Alignment` and writes only `load`, in some twenty lines.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch import nn
+
+    from effbench.models.backbones import Backbone
+    from effbench.records import Protocol
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image with its captions. `image` is a file or a picklable function that draws it (mode RGB)."""
+
+    image: Path | Callable[[], Image.Image]
+    captions: tuple[str, ...]
+    name: str = ""
+
+
+@dataclass
+class Data:
+    """A data set as it was found.
+
+    Args:
+        name: what the leaderboard shows, e.g. `flickr8k` or `scenes`.
+        splits: examples by split name ("train", "dev", "test").
+        fingerprint: hash of the content, part of the envelope.
+        origin: where it was found, for provenance.
+        synthetic: drawn or generated; its results are never ranked with those of real data.
+        notes: what was dropped or repaired, in one sentence each.
+    """
+
+    name: str
+    splits: dict[str, list[Example]]
+    fingerprint: str
+    origin: str = ""
+    synthetic: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def sizes(self) -> dict[str, int]:
+        return {split: len(examples) for split, examples in self.splits.items()}
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What the user said about data. `path` is None where nothing was said: then the usual places are searched.
+
+    Args:
+        path: `--data PATH`.
+        progress: called as `progress(description, done, total)`, may be called often.
+    """
+
+    path: Path | None = None
+    progress: Callable[[str, int, int], None] = lambda description, done, total: None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of merit, and what is needed to judge it.
+
+    Args:
+        name: the column's name, e.g. `t2i_r10`.
+        items: the column of per-item scores that it is computed from, e.g. `t2i_rank`.
+        value: maps an array of per-item scores to an array of per-item values, e.g. 100 * (rank <= 10).
+        reduce: "mean" or "median" over the items.
+        higher_is_better: its direction.
+        chance: its expected value for a blind guesser; None where undefined.
+        ceiling: the best value there is; None where unbounded.
+        unit: "%" or a word.
+    """
+
+    name: str
+    items: str
+    value: Callable[[np.ndarray], np.ndarray]
+    higher_is_better: bool
+    chance: float | None
+    ceiling: float | None
+    reduce: str = "mean"
+    unit: str = "%"
+
+
+@dataclass(frozen=True)
+class Items:
+    """Per-item scores and the group (test image) that each belongs to; a group is resampled as a whole.
+
+    Args:
+        values: (n,) scores, e.g. the rank of the right image for each caption.
+        group: (n,) int index of the test image.
+    """
+
+    values: np.ndarray
+    group: np.ndarray
+
+
+class Task(ABC):
+    """Data, model head, loss and metrics. All tensors that `batch` returns are on the CPU."""
+
+    #: name of the embedded task whose data stand in where no real copy is found; None where there is none
+    stand_in: ClassVar[str | None] = None
+    #: protocol values where the user says nothing: epochs, batch_size, lr, weight_decay, train
+    recommended: ClassVar[dict[str, Any]] = {}
+
+    @abstractmethod
+    def load(self, request: DataRequest) -> Data:
+        """Find and read the data (not the pixels).
+
+        Raises:
+            DataNotFound: there is no copy; the message lists the places looked at and the hint how to get one.
+            InvalidError: the copy is damaged.
+        """
+
+    @abstractmethod
+    def prepare(self, data: Data, backbone: Backbone, protocol: Protocol, progress: Callable[..., None]) -> Any:
+        """Make ready whatever `batch` reads (pixel cache, vocabulary); the result is passed to the methods below."""
+
+    def recipe(self, prepared: Any) -> Any:
+        """The small picklable facts that `build` needs of the data, e.g. the size of the vocabulary."""
+        return None
+
+    @abstractmethod
+    def build(self, recipe: Any, backbone: Backbone, protocol: Protocol) -> nn.Module:
+        """A fresh model of one arm. It is called under the arm's seed."""
+
+    @abstractmethod
+    def batch(
+        self, prepared: Any, split: str, index: np.ndarray, rng: np.random.Generator | None, pixels: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """The examples `index` of a split as tensors.
+
+        Args:
+            rng: draws what is drawn (one caption per image); None for all captions, in order.
+            pixels: False leaves "image" out (an arm that holds precomputed features does not need it).
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The training loss of a batch, a scalar."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What testing needs of a batch, each tensor with items in dim 0. Results of batches are concatenated."""
+
+    @abstractmethod
+    def score(self, prepared: Any, split: str, outputs: dict[str, torch.Tensor]) -> dict[str, Items]:
+        """Per-item scores of a whole split from the concatenated predictions."""
+
+    @abstractmethod
+    def metrics(self, prepared: Any, split: str) -> list[Metric]:
+        """The metrics of a split; the first is the primary one (checkpoints and the leaderboard's order use it)."""
+
+    def frozen_features(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor | None:
+        """Output of the part that `--train locked` freezes, (batch, features), or None where nothing can be cached.
+
+        `batch["features"]` then stands in for `batch["image"]` in `loss` and `predict`.
+        """
+        return None
+
+    def locked(self, model: nn.Module) -> list[nn.Module]:
+        """The modules that `--train locked` freezes."""
+        return []
+
+    def parts(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Modules whose share of a test step is timed apart, by name: "image" (the image tower) and others."""
+        return {}

@@ -1,0 +1,1 @@
+"""The built-in tasks, one file each; code that they share lies in sub-packages."""

@@ -1,0 +1,45 @@
+"""Five captions of a scene, each of which tells a different part of it."""
+
+from __future__ import annotations
+
+import numpy as np
+from effbench_tasks.drawing.scene import Scene, Thing
+
+
+def captions(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
+    """Five different captions of 10 to 15 words. What they say is true; what they leave out is left open."""
+    order = rng.permutation(len(scene.things))
+    a, b, c = (scene.things[order[i % len(order)]] for i in range(3))
+    ground = f"a {scene.texture} {scene.background} background"
+    return (
+        f"{_sized(a)} {_where(a)} and {_sized(b)}",
+        f"{_thing(c)} and {_sized(b)} on {ground}",
+        f"{_relation(a, b)} on {scene.background}",
+        f"{_count(scene)} on {ground} with {_thing(b)} {_where(b)}",
+        f"there is {_thing(c)} {_where(c)} and {_thing(b)} {_where(b)}",
+    )
+
+
+def _thing(thing: Thing) -> str:
+    return f"{'an' if thing.colour[0] in 'aeiou' else 'a'} {thing.colour} {thing.shape}"
+
+
+def _sized(thing: Thing) -> str:
+    return f"a {thing.size} {thing.colour} {thing.shape}"
+
+
+def _where(thing: Thing) -> str:
+    return f"in the {thing.place}"
+
+
+def _count(scene: Scene) -> str:
+    return f"{('two', 'three')[len(scene.things) - 2]} shapes"
+
+
+def _relation(a: Thing, b: Thing) -> str:
+    """Two things and how the first lies to the second: by rows, within a row by columns."""
+    if a.row != b.row:
+        way = "above" if a.row < b.row else "below"
+    else:
+        way = "left of" if a.column < b.column else "right of"
+    return f"{_sized(a)} {way} {_sized(b)}"

@@ -1,0 +1,190 @@
+"""Train the small vision transformer that ships with effbench.
+
+    python -m effbench_tasks.drawing.train_tower --out scenes_vit.safetensors
+
+It learns, from scenes drawn on the way, to name what it sees: the class token and the mean of the patch tokens each
+tell the shape, place and size of the thing of every colour (or that there is none) and the background; every patch
+token tells what covers it. Crowded scenes come first, since they show more things per second, and the depth grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from effbench_tasks.drawing.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    RADII,
+    SHAPES,
+    SIZE,
+    TEXTURES,
+    Scene,
+    draw,
+    generator,
+    sample,
+)
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+ARCHITECTURE = dict(
+    img_size=SIZE, patch_size=8, embed_dim=96, depth=12, num_heads=3, num_classes=0, class_token=True, global_pool="token"
+)
+MEAN = STD = (0.5, 0.5, 0.5)
+SEED = 1
+# share of the steps, blocks in use, numbers of things per scene
+STAGES = ((0.35, 4, (4, 6, 8)), (0.25, 8, (3, 5, 7)), (0.4, 12, (2, 3, 3, 4)))
+_NAMES = [place for row in PLACES for place in row]
+_SLOT = (len(SHAPES) + 1, len(_NAMES) + 1, len(RADII) + 1)  # of each colour: shape, place, size; 0 is "there is none"
+_PATCH = (len(SHAPES) + 1, len(COLOURS) + 1, len(RADII) + 1)  # of each patch; 0 is background
+_GROUND = (len(BACKGROUNDS), len(TEXTURES))
+
+
+def targets(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the tower shall tell: slots (colours, 3), background (2,), patches (patches, 3), all int64."""
+    slots = np.zeros((len(COLOURS), 3), np.int64)
+    side = SIZE // ARCHITECTURE["patch_size"]
+    patches = np.zeros((side, side, 3), np.int64)
+    middle = (np.arange(side) + 0.5) * ARCHITECTURE["patch_size"]
+    for thing in scene.things:
+        shape, size = SHAPES.index(thing.shape) + 1, list(RADII).index(thing.size) + 1
+        colour = list(COLOURS).index(thing.colour)
+        slots[colour] = shape, _NAMES.index(thing.place) + 1, size
+        x, y = thing.centre
+        reach = RADII[thing.size]
+        patches[np.ix_(abs(middle - y) < reach, abs(middle - x) < reach)] = shape, colour + 1, size
+    ground = list(BACKGROUNDS).index(scene.background), TEXTURES.index(scene.texture)
+    return slots, np.array(ground), patches.reshape(-1, 3)
+
+
+def drawn(indices: range, counts: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+    """Normalised images (batch, 3, SIZE, SIZE) and their targets, each stacked."""
+    scenes = [sample(generator(SEED, "tower", index), counts) for index in indices]
+    pixels = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return images, [torch.from_numpy(np.stack(t)) for t in zip(*map(targets, scenes), strict=True)]
+
+
+class Probes(nn.Module):
+    """Linear readouts of the class token, of the mean of the patch tokens and of each patch token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        summary = len(COLOURS) * sum(_SLOT) + sum(_GROUND)
+        self.class_token, self.mean = nn.Linear(width, summary), nn.Linear(width, summary)
+        self.patch = nn.Linear(width, sum(_PATCH))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.class_token(tokens[:, 0]), self.mean(tokens[:, 1:].mean(dim=1)), self.patch(tokens[:, 1:])
+
+
+def loss(probes: Probes, tokens: Tensor, wanted: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Training loss, and what is right (3,): the share of covered patches whose shape and colour are told, and of
+    present things whose shape and place are told by the class token and by the mean."""
+    slots, ground, patches = wanted
+    *summaries, dense = probes(tokens)
+    total = 2 * _entropy(dense, _PATCH, patches)
+    right = [_right(dense, _PATCH, patches)]
+    for summary in summaries:
+        told, field = summary.split([len(COLOURS) * sum(_SLOT), sum(_GROUND)], dim=1)
+        told = told.unflatten(1, (len(COLOURS), -1))
+        total = total + 3 * _entropy(told, _SLOT, slots) + 0.3 * _entropy(field, _GROUND, ground)
+        right.append(_right(told, _SLOT, slots))
+    return total, torch.stack(right)
+
+
+def _entropy(logits: Tensor, sizes: tuple[int, ...], wanted: Tensor) -> Tensor:
+    parts = zip(logits.split(sizes, dim=-1), wanted.unbind(dim=-1), strict=True)
+    return sum(F.cross_entropy(part.flatten(0, -2), target.flatten()) for part, target in parts)
+
+
+def _right(logits: Tensor, sizes: tuple[int, ...], wanted: Tensor) -> Tensor:
+    best = torch.stack([part.argmax(dim=-1) for part in logits.split(sizes, dim=-1)], dim=-1)
+    return (best == wanted)[wanted[..., 0] > 0][:, :2].all(dim=-1).float().mean()
+
+
+def forward(tower: VisionTransformer, images: Tensor, depth: int) -> Tensor:
+    """Tokens (batch, 1 + patches, width) after the first `depth` blocks and the final norm."""
+    x = tower.norm_pre(tower.patch_drop(tower._pos_embed(tower.patch_embed(images))))
+    return tower.norm(tower.blocks[:depth](x))
+
+
+def fresh() -> VisionTransformer:
+    """An untrained tower that learns fast: it knows where patches lie, and a block that is added changes nothing."""
+    tower = VisionTransformer(**ARCHITECTURE, weight_init="jax")
+    side, width = SIZE // ARCHITECTURE["patch_size"], ARCHITECTURE["embed_dim"]
+    position = build_sincos2d_pos_embed([side, side], width, temperature=100.0, interleave_sin_cos=True)
+    with torch.no_grad():
+        tower.pos_embed[0, 1:] = 0.5 * position
+        for block in tower.blocks:
+            block.attn.proj.weight.zero_()
+            block.mlp.fc2.weight.zero_()
+    return tower
+
+
+def train(steps: int, batch: int, lr: float, say=print) -> VisionTransformer:
+    """A trained tower; `say` gets a line of progress every 20 steps."""
+    torch.manual_seed(SEED)
+    tower, probes = fresh(), Probes(ARCHITECTURE["embed_dim"])
+    weights = [*tower.parameters(), *probes.parameters()]
+    optimiser = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.03)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.08)
+    ends = np.cumsum([share for share, _, _ in STAGES]) * steps
+    start, seen = time.time(), []
+    for step in range(steps):
+        _, depth, counts = STAGES[min(int(np.searchsorted(ends, step, "right")), len(STAGES) - 1)]
+        images, wanted = drawn(range(step * batch, (step + 1) * batch), counts)
+        value, right = loss(probes, forward(tower, images, depth), wanted)
+        optimiser.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        schedule.step()
+        seen.append([value.item(), *right.tolist()])
+        if step % 20 == 19:
+            mean, *shares = np.mean(seen, axis=0)
+            seen.clear()
+            right = " ".join(f"{share:.3f}" for share in shares)
+            say(f"step {step + 1}/{steps} {time.time() - start:.0f} s loss {mean:.3f} right {right}")
+    return tower.eval()
+
+
+def save(tower: VisionTransformer, path: Path, command: str, trained_on: str) -> None:
+    """Write the weights as float16 safetensors, with all that is needed to use them in the metadata."""
+    from safetensors.torch import save_file
+
+    facts = dict(
+        architecture=json.dumps(ARCHITECTURE),
+        mean=json.dumps(MEAN),
+        std=json.dumps(STD),
+        trained_on=trained_on,
+        command=command,
+    )
+    save_file({key: value.half().contiguous() for key, value in tower.state_dict().items()}, path, facts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m effbench_tasks.drawing.train_tower")
+    parser.add_argument("--out", type=Path, required=True, help="where the weights go (.safetensors)")
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    tower = train(given.steps, given.batch, given.lr, lambda line: print(line, flush=True))
+    options = f"--steps {given.steps} --batch {given.batch} --lr {given.lr} --threads {given.threads}"
+    command = f"{parser.prog} --out {given.out.name} {options}"
+    save(tower, given.out, command, f"{given.steps * given.batch} drawn scenes (seed {SEED}, split tower)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

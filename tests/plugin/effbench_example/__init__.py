@@ -1,0 +1,1 @@
+"""A plugin for effbench as a third party writes it."""

@@ -1,0 +1,187 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from effbench import records, samples, store
+from effbench.errors import EffbenchError, InvalidError, UsageError
+from effbench.task import Items
+
+
+def make_record(name="run-1", **changes):
+    envelope = records.Envelope(
+        task="flickr8k", data="scenes", data_fingerprint="f00", images={"test": 10}, captions={"test": 50},
+        metrics=("t2i_r10",), backbone="timm:tiny", weights="random", transform="resize 32",
+        protocol=records.Protocol(), device_model="some CPU",
+    )  # fmt: skip
+    baseline = records.Arm(name="baseline", spec="", kind="baseline", tokens=(197, 197))
+    arm = records.Arm(
+        name="token_prune",
+        spec="token_prune:keep=0.5",
+        kind="method",
+        test_speedup=records.Speedup(value=1.5, low=1.4, high=1.6, n=30, verdict="FASTER"),
+        metrics={
+            "t2i_r10": records.MetricValue(
+                value=48.0, higher_is_better=True, lossiness=records.Interval(value=0.1, low=0.05, high=0.2, n=10)
+            ),
+            "arm": records.MetricValue(value=1.0, higher_is_better=True),
+        },
+    )
+    fields = dict(
+        id=name,
+        created=datetime(2025, 1, 2, tzinfo=UTC),
+        primary_metric="t2i_r10",
+        envelope=envelope,
+        provenance=records.Provenance(command="effbench run"),
+        arms=(baseline, arm),
+    )
+    return records.Record(**fields | changes)
+
+
+def steps(n=3):
+    return pd.DataFrame([dict(kind="step", arm="baseline", seed=0, phase="train", index=i, loss=1.5) for i in range(n)])
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    record = make_record()
+    path = store.write(record, steps(), tmp_path)
+    assert path == tmp_path / "records" / "run-1" and store.read(path) == store.read(path / "record.json") == record
+    assert sorted(os.listdir(tmp_path / "records")) == ["run-1"]
+    items = samples.item_samples("noop", 0, "t2i_rank", Items(np.array([3, 1]), np.array([0, 1])))
+    store.write(make_record("run-2"), pd.concat([steps(), items]), tmp_path)
+    frame = store.load(tmp_path, samples=True)
+    assert list(frame) == ["run", *samples.TYPES] and len(frame) == 8
+    got = frame[frame.kind == "item"]
+    assert got.value.tolist() == [3, 1] and got.seconds.isna().all() and frame["index"].dtype == "int64"
+
+
+def test_a_record_is_never_overwritten(tmp_path):
+    store.write(make_record(), steps(), tmp_path)
+    with pytest.raises(EffbenchError, match="never overwritten"):
+        store.write(make_record(wall_time=9.0), steps(), tmp_path)
+    assert store.read(tmp_path / "records" / "run-1").wall_time == 0
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "write_samples", full)
+    with pytest.raises(EffbenchError, match="disk is full"):
+        store.write(make_record(), steps(), tmp_path)
+    assert os.listdir(tmp_path / "records") == []
+
+
+@pytest.mark.parametrize("frame", [pd.DataFrame({"secnds": [1.0]}), pd.DataFrame({"seconds": ["soon"]})])
+def test_samples_that_do_not_fit_are_refused(tmp_path, frame):
+    with pytest.raises(InvalidError):
+        store.write(make_record(), frame, tmp_path)
+    assert os.listdir(tmp_path / "records") == []
+
+
+def test_a_writer_killed_half_way_is_invisible(tmp_path):
+    code = (
+        "import os, sys; sys.path[:0] = sys.argv[2:]\n"
+        "import test_store; from pathlib import Path; from effbench import store\n"
+        "store.write_samples = lambda *_: os._exit(9)\n"
+        "store.write(test_store.make_record(), test_store.steps(), Path(sys.argv[1]))"
+    )
+    here = os.path.dirname(__file__)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), here, os.path.dirname(here)])
+    assert done.returncode == 9 and store.read_all(tmp_path) == ([], [])
+    store.write(make_record(), steps(), tmp_path)
+    assert len(store.read_all(tmp_path)[0]) == 1
+
+
+def edited(change):
+    value = json.loads(make_record().model_dump_json())
+    change(value)
+    return json.dumps(value)
+
+
+TEXT = make_record().model_dump_json()
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (TEXT[: len(TEXT) // 2], "truncated or not JSON"),
+        ("", "truncated or not JSON"),
+        ("[" * 100_000, "truncated or not JSON"),
+        ("{}", "schema_version|id"),
+        (edited(lambda r: r.update(schema_version=2)), "newer effbench"),
+        (edited(lambda r: r.update(wall_time=float("nan"))), "wall_time: Input should be a finite"),
+        (edited(lambda r: r.update(id="../../etc")), "id: String should match"),
+        (edited(lambda r: r["arms"][1].update(tokens=[-1])), "arms.1.tokens.0"),
+        (edited(lambda r: r.update({"ev\x1b[31mil": 1})), r"ev\\x1b\[31mil"),
+        (edited(lambda r: r["arms"].pop(0)), "exactly one baseline"),
+        (edited(lambda r: r["arms"].append(r["arms"][1])), "same name"),
+        (" " * (store.MAX_RECORD_BYTES + 1), "larger than"),
+    ],
+    ids=lambda value: value[:12] if len(value) < 60 else "",
+)
+def test_a_bad_record_is_named_with_its_first_problem(tmp_path, content, says):
+    folder = tmp_path / "records" / "run-1"
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(content)
+    with pytest.raises(InvalidError, match=says) as caught:
+        store.read(folder)
+    assert str(folder / "record.json") in str(caught.value) and caught.value.exit_code == 2
+    assert store.read_all(tmp_path) == ([], [str(caught.value)])
+
+
+def test_a_missing_record_or_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "record.json")
+    for path in (tmp_path, tmp_path / "nothing", "/dev/zero"):
+        with pytest.raises(InvalidError):
+            store.read(path)
+
+
+def test_damaged_samples_are_refused(tmp_path):
+    path = store.write(make_record(), steps(), tmp_path)
+    (path / "samples.parquet").write_bytes((path / "samples.parquet").read_bytes()[:-50])
+    with pytest.raises(InvalidError, match="does not hold samples"):
+        store.load(path, samples=True)
+    pd.DataFrame({"a": [1]}).to_parquet(path / "samples.parquet")
+    with pytest.raises(InvalidError, match="does not hold samples"):
+        store.load(path, samples=True)
+
+
+def test_records_come_oldest_first_and_a_renamed_copy_is_a_problem(tmp_path):
+    for name, day in (("c", 3), ("a", 5), ("b", 4)):
+        store.write(make_record(name, created=datetime(2025, 1, day)), steps(), tmp_path)
+    (tmp_path / "records" / "a").rename(tmp_path / "records" / "z")
+    got, problems = store.read_all(tmp_path)
+    assert [record.id for record in got] == ["c", "b"] and len(problems) == 1 and "renamed" in problems[0]
+
+
+def test_find_by_id_beginning_latest_and_path(tmp_path):
+    for name, day in (("20250101-aa", 1), ("20250103-bb", 3), ("20250102-cc", 2)):
+        store.write(make_record(name, created=datetime(2025, 1, day, tzinfo=UTC)), steps(), tmp_path)
+    folder = tmp_path / "records"
+    assert store.find(tmp_path, "20250102-cc") == store.find(tmp_path, "20250102") == folder / "20250102-cc"
+    assert store.find(tmp_path, "latest") == folder / "20250103-bb"
+    assert store.find(tmp_path, str(folder / "20250101-aa")) == folder / "20250101-aa"
+    for name, says in (("2025", "3 runs begin"), ("20250101-ab", "did you mean '20250101-aa'"), ("", "no run ''")):
+        with pytest.raises(UsageError, match=says):
+            store.find(tmp_path, name)
+    with pytest.raises(UsageError, match="no run in"):
+        store.find(tmp_path / "empty", "latest")
+
+
+def test_load_gives_one_tidy_row_per_arm(tmp_path):
+    path = store.write(make_record(), steps(), tmp_path)
+    for place in (path, tmp_path, tmp_path / "records"):
+        frame = store.load(place)
+        assert frame.arm.tolist() == ["baseline", "token_prune"]
+    row = frame.set_index("arm").loc["token_prune"]
+    assert row.test_speedup == 1.5 and row.test_speedup_verdict == "FASTER" and row.t2i_r10_lossiness_high == 0.2
+    assert frame.tokens_last.tolist()[0] == 197 and frame.test_flops.isna().all()
+    with pytest.raises(InvalidError):
+        store.load(tmp_path / "nowhere")
