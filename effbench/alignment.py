@@ -5,8 +5,10 @@ Retrieval: R@k is the share of queries whose right answer is among the k best, t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,18 +30,23 @@ class Prepared:
     """What batches are made of.
 
     Args:
-        pixels: by split, (images, 3, size, size) uint8.
+        read_pixels: gives `pixels`, decoding the images if that was not done before.
         tokens: by split, (captions, context) int64, an image's captions next to each other.
         first: by split, (images + 1,) index of each image's first caption.
         vocabulary: size of the vocabulary of the training captions; None where the backbone has a tokenizer.
     """
 
-    pixels: dict[str, np.ndarray]
+    read_pixels: Callable[[], dict[str, np.ndarray]]
     tokens: dict[str, Tensor]
     first: dict[str, np.ndarray]
     mean: Tensor
     std: Tensor
     vocabulary: int | None
+
+    @cached_property
+    def pixels(self) -> dict[str, np.ndarray]:
+        """By split, (images, 3, size, size) uint8."""
+        return self.read_pixels()
 
     def owner(self, split: str) -> np.ndarray:
         """(captions,) index of the image that each caption describes."""
@@ -48,6 +55,8 @@ class Prepared:
 
 class Alignment(Task):
     """Match images with their captions, both ways."""
+
+    primary = "t2i_r10"
 
     def prepare(self, data: Data, backbone: Backbone, protocol: Protocol, progress) -> Prepared:
         for split, examples in data.splits.items():
@@ -58,7 +67,7 @@ class Alignment(Task):
         first = {s: np.cumsum([0] + [len(e.captions) for e in examples]) for s, examples in data.splits.items()}
         mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (backbone.mean, backbone.std))
         return Prepared(
-            pixels(data, protocol.image_size, progress),
+            partial(pixels, data, protocol.image_size, progress),
             {split: tokenizer(lines) for split, lines in captions.items()},
             first,
             mean * 255,
@@ -108,14 +117,14 @@ class Alignment(Task):
 
     def metrics(self, prepared: Prepared, split: str) -> list[Metric]:
         images, captions = len(prepared.first[split]) - 1, len(prepared.tokens[split])
-        per_image = captions / images
+        right_of_image = max(1, round(captions / images))
         found = []
-        for way, gallery, right in (("t2i", images, 1.0), ("i2t", captions, per_image)):
-            for k in (10, 1, 5):
-                chance = 100 * (1 - (1 - right / gallery) ** min(k, gallery))
+        for way, gallery, right in (("t2i", images, 1), ("i2t", captions, right_of_image)):
+            for k in (1, 5, 10):
+                blind = math.comb(gallery - right, min(k, gallery)) / math.comb(gallery, min(k, gallery))
                 value = partial(_recall, k=k)
-                found.append(Metric(f"{way}_r{k}", f"{way}_rank", value, True, chance, 100.0))
-            median = (gallery + 1) / 2 / right
+                found.append(Metric(f"{way}_r{k}", f"{way}_rank", value, True, 100 * (1 - blind), 100.0))
+            median = 1 + (1 - 0.5 ** (1 / right)) * (gallery - right)  # of the best of `right` blind guesses
             found.append(Metric(f"{way}_medr", f"{way}_rank", _same, False, median, 1.0, "median", "rank"))
         return found
 

@@ -120,9 +120,11 @@ def run(
             experiment = Experiment(found.task, task, found.data, tower, stacks, protocol, live)
             experiment.check()
             if dry_run:
-                from effbench.dry_run import estimate
+                from rich.console import Console
 
-                estimate(experiment)
+                from effbench.dry_run import show
+
+                show(experiment, Console())
                 return None
             record = experiment.run(Path(out), checkpoint_every, fresh, started, _command())
         write_leaderboard(Path(out))
@@ -245,9 +247,9 @@ class Experiment:
 
     def _cached_arms(self) -> list[Arm]:
         """The arms whose frozen tower's features can be computed once."""
-        return [arm for arm in self._training_arms(self.protocol.seeds[0]) if not trains_within(arm)]
+        return [arm for arm in self.training_arms(self.protocol.seeds[0]) if not trains_within(arm)]
 
-    def _training_arms(self, seed: int) -> list[Arm]:
+    def training_arms(self, seed: int) -> list[Arm]:
         arms = []
         for plan in self.training_plans():
             randomness.seed_all(seed)
@@ -258,7 +260,7 @@ class Experiment:
         return arms
 
     def _train(self, seed: int, cached: Partial | None, partial: Partial | None, save: Any) -> Partial:
-        arms = self._training_arms(seed)
+        arms = self.training_arms(seed)
         if cached is not None:
             use_features([arm for arm in arms if arm.name in cached["random"]], cached, self.sizes)
         return train(arms, seed, self.setting, self.sizes, partial, save)

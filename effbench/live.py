@@ -39,7 +39,7 @@ class Live:
         self._screen: Screen | None = None
         self._description = ""
         self._unit = "steps"
-        self._done = self._total = 0
+        self._done = self._total = self._start = 0
         self._arms: Arms = {}
         self._began = self._next = 0.0
         self._running = False
@@ -74,11 +74,12 @@ class Live:
         """One line that is marked as a warning."""
         self._line(f"warning: {clean(text, None)}", "yellow")
 
-    def stage(self, description: str, total: int, unit: str = "steps") -> None:
-        """Begin a stage of `total` units; it ends with the next stage, `finish` or the context."""
+    def stage(self, description: str, total: int, unit: str = "steps", start: int = 0) -> None:
+        """Begin a stage of `total` units, `start` of them done before; it ends with the next stage or the context."""
         self.finish()
         self._description, self._unit = clean(description), unit
-        self._done, self._total, self._arms = 0, total, {}
+        self._done, self._total, self._arms = start, total, {}
+        self._start = start
         self._began = time.monotonic()
         self._running = True
         if self.interactive:
@@ -100,7 +101,7 @@ class Live:
         if arms is not None:
             self._arms = arms
         now = time.monotonic()
-        if now < self._next or not self._running:
+        if now < self._next or not self._running or done >= self._total:  # `finish` shows the end
             return
         self._show()
         drawn = time.monotonic()
@@ -152,16 +153,18 @@ class Live:
             f"{100 * share:.0f} %",
             f"{_clock(elapsed)} elapsed",
         ]
-        if self._running and 0 < self._done < self._total:
-            parts.append(f"{_clock(elapsed * (self._total - self._done) / self._done)} left")
+        if self._running and self._start < self._done < self._total:
+            parts.append(f"{_clock(elapsed * (self._total - self._done) / (self._done - self._start))} left")
         return ", ".join(parts)
 
     def _sentence(self) -> str:
+        width = max((len(clean(name)) for name in self._arms), default=0)
         arms = (
-            f"{clean(name)} " + " ".join(f"{clean(key)} {_value(value)}" for key, value in columns.items())
+            f"    {clean(name):{width}}  "
+            + "  ".join(f"{clean(key)} {_value(value)}" for key, value in columns.items())
             for name, columns in self._arms.items()
         )
-        return " | ".join([f"{self._description}: {self._counts()}", *arms])
+        return "\n".join([f"{self._description}: {self._counts()}", *arms])
 
     def _drawn(self) -> RenderableType:
         head = Table.grid(padding=(0, 2))

@@ -53,7 +53,7 @@ def features(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: 
 
     for arm in arms:
         arm.model.eval()
-    setting.live.stage("feature pass of the frozen tower", len(plan))
+    setting.live.stage("feature pass of the frozen tower", len(plan), start=start)
     for index, _ in steps(arms, "features", 0, range(start, len(plan)), fetch, work, setting):
         setting.live.advance(index + 1, columns(arms, setting))
         save(functools.partial(state, index))
@@ -108,8 +108,8 @@ def test(
     def state(index: int) -> Partial:
         return dict(index=index, outputs={name: joined(parts) for name, parts in done.items()}, **kept_state(arms))
 
-    setting.live.stage(f"quality on the test split, seed {seed}", len(plan))
     start = partial["index"] + 1 if partial else 0
+    setting.live.stage(f"quality on the test split, seed {seed}", len(plan), start=start)
     for index, _ in steps(arms, "quality", seed, range(start, len(plan)), fetch, work, setting):
         setting.live.advance(index + 1, columns(arms, setting))
         save(functools.partial(state, index))
@@ -142,8 +142,8 @@ def pairs(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: Par
             task.predict(arm.model, batch)
         return {"image_seconds": seconds["image"]} if "image" in seconds else {}
 
-    setting.live.stage(f"timing, {size} images a step", total)
     start = partial["index"] + 1 if partial else 0
+    setting.live.stage(f"timing, {size} images a step", total, start=start)
     for index, _ in steps(arms, "timing", protocol.seeds[0], range(start, total), fetch, work, setting):
         setting.live.advance(index + 1, columns(arms, setting))
         save(lambda index=index: dict(index=index, **kept_state(arms)))

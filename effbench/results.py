@@ -48,8 +48,7 @@ def record(
     created = datetime.now(UTC)
     seconds = setting.seconds
     outside = seconds["loop"] - seconds["data"] - seconds["compute"]
-    metrics = experiment.task.metrics(experiment.prepared, "test")
-    why = _noise(found)
+    why = _noise(found) or _not_deterministic(items)
     source = provenance(command)
     return records.Record(
         id=run_id(created, experiment.name, experiment.digest()),
@@ -57,7 +56,7 @@ def record(
         status="INVALID" if why else "ok",
         why_invalid=why,
         lockstep_overhead=outside / seconds["compute"] if seconds["compute"] else 0.0,
-        primary_metric=metrics[0].name,
+        primary_metric=experiment.task.primary_metric(experiment.prepared, "test").name,
         envelope=experiment.envelope(),
         provenance=source.model_copy(update=dict(resumed=journal.resumed, data_origin=experiment.data.origin)),
         arms=tuple(found),
@@ -71,6 +70,16 @@ def _noise(arms: list[records.Arm]) -> str:
     for what, figure in (("test", noop.test_speedup), ("training", noop.train_speedup)):
         if figure is not None and figure.verdict in ("FASTER", "SLOWER"):
             return f"noop, an untouched second baseline, came out {figure.verdict} in {what}: {figure.value:.3f}x"
+    return ""
+
+
+def _not_deterministic(items: dict[int, Partial]) -> str:
+    """Why the run is INVALID: on the same weights and batches noop came to other results than the baseline."""
+    for seed, part in items.items():
+        for name, score in part["items"]["baseline"].items():
+            other = part["items"].get("noop", {}).get(name)
+            if other is not None and not torch.equal(score["values"], other["values"]):
+                return f"noop, an untouched second baseline, came to another {name} (seed {seed}): not deterministic"
     return ""
 
 
@@ -169,7 +178,7 @@ def _structure(experiment: Experiment, arm: Arm, trains: bool) -> dict[str, Any]
         weight_bytes=weight_bytes(arm.model),
     )
     if trains:
-        training = next(a for a in experiment._training_arms(protocol.seeds[0]) if a.name == arm.name)
+        training = next(a for a in experiment.training_arms(protocol.seeds[0]) if a.name == arm.name)
         found["trained_parameters"] = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
         found["train_flops"] = _training_flops(experiment, training)
     return found
@@ -252,8 +261,9 @@ def _metrics(
 ) -> dict[str, records.MetricValue]:
     found = {}
     for metric in experiment.task.metrics(experiment.prepared, "test"):
-        baseline, own = (
-            [items_of(part["items"][name][metric.items]) for part in items.values()] for name in ("baseline", plan.name)
-        )
+        baseline = [items_of(part["items"]["baseline"][metric.items]) for part in items.values()]
+        own = baseline
+        if plan.kind != "baseline":
+            own = [items_of(part["items"][plan.name][metric.items]) for part in items.values()]
         found[metric.name] = stats.lossiness(metric, baseline, own, trained=trains)
     return found

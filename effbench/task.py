@@ -113,6 +113,8 @@ class Task(ABC):
 
     #: name of the embedded task whose data stand in where no real copy is found; None where there is none
     stand_in: ClassVar[str | None] = None
+    #: name of the metric that checkpoints are chosen by and the leaderboard judges by; empty for the first
+    primary: ClassVar[str] = ""
     #: protocol values where the user says nothing: epochs, batch_size, lr, weight_decay, train
     recommended: ClassVar[dict[str, Any]] = {}
 
@@ -162,7 +164,12 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, prepared: Any, split: str) -> list[Metric]:
-        """The metrics of a split; the first is the primary one (checkpoints and the leaderboard's order use it)."""
+        """The metrics of a split, in the order in which they are shown."""
+
+    def primary_metric(self, prepared: Any, split: str) -> Metric:
+        """The metric named by `primary`."""
+        found = self.metrics(prepared, split)
+        return next((metric for metric in found if metric.name == self.primary), found[0])
 
     def frozen_features(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor | None:
         """Output of the part that `--train locked` freezes, (batch, features), or None where nothing can be cached.

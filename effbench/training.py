@@ -47,13 +47,13 @@ def train(
     """Train all arms on the same batches; the epoch that is best on dev is kept.
 
     Returns:
-        by arm under "arms": "state" (what training changed), "losses" (mean per epoch), "dev" (primary metric per epoch).
+        by arm under "arms": "state" (what training changed), "losses" and "dev" (primary metric), one per epoch.
     """
     task, prepared, protocol = setting.task, setting.prepared, setting.protocol
     size = min(protocol.batch_size, sizes["train"])
     per_epoch = sizes["train"] // size
     total = protocol.epochs * per_epoch
-    metric = task.metrics(prepared, "dev")[0]
+    metric = task.primary_metric(prepared, "dev")
     optimisers = {arm.name: optimiser(arm.model, protocol) for arm in arms}
     kept: dict[str, dict[str, Any]] = {arm.name: dict(sum=0.0, losses=[], dev=[], state={}) for arm in arms}
     if partial:
@@ -106,7 +106,7 @@ def train(
             if mine["dev"].index(best(mine["dev"])) == len(mine["dev"]) - 1:
                 mine["state"] = trained_state(arm.model)
 
-    setting.live.stage(f"training, seed {seed}, {protocol.epochs} epochs of {per_epoch} steps", total)
+    setting.live.stage(f"training, seed {seed}, {protocol.epochs} epochs of {per_epoch} steps", total, start=start)
     training_mode(arms)
     for index, results in steps(arms, "train", seed, range(start, total), fetch, work, setting):
         for name, result in results.items():

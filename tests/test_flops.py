@@ -52,7 +52,8 @@ def images(size: int) -> torch.Tensor:
 def openclip(name: str, device: str = "meta") -> nn.Module:
     logging.disable(logging.WARNING)
     try:
-        return open_clip.create_model(name, pretrained=None, device=device).eval()
+        with torch.device(device):
+            return open_clip.create_model(name, pretrained=None, device=device).eval()
     finally:
         logging.disable(logging.NOTSET)
 

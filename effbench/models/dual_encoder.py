@@ -15,7 +15,7 @@ HEADS = ("cosine", "sigmoid", "bilinear")
 
 
 class TimmFeatures(nn.Module):
-    """A timm tower's features: class token and mean of the patch tokens, or its own pooling where it has no class token.
+    """Features of a timm tower: class token and mean of the patch tokens, or its own pooling without a class token.
 
     Attributes:
         trunk: the timm model.

@@ -54,9 +54,10 @@ def wrap(model: nn.Module) -> Tower | None:
     name = f"timm {type(model).__name__}"
     if not isinstance(model.blocks, TimmBlocks):
         for index, block in enumerate(model.blocks):
-            if type(block) is not Block or type(block.attn) is not TimmAttention:
+            attention = type(getattr(block, "attn", None))
+            if type(block) is not Block or attention is not TimmAttention:
                 raise UsageError(
-                    f"block {index} of this {name} is a {type(block).__name__} with {type(block.attn).__name__}, "
+                    f"block {index} of this {name} is a {type(block).__name__} with {attention.__name__}, "
                     "which effbench cannot edit",
                     "choose a plain ViT, e.g. timm:deit_tiny_patch16_224",
                 )

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+
 from effbench_tasks.drawing.scene import Scene, Thing
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
-    """Five different captions of 10 to 15 words. What they say is true; what they leave out is left open."""
+    """Five different captions of 12 to 15 words. What they say is true; what they leave out is left open."""
     order = rng.permutation(len(scene.things))
     a, b, c = (scene.things[order[i % len(order)]] for i in range(3))
-    ground = f"a {scene.texture} {scene.background} background"
     return (
         f"{_sized(a)} {_where(a)} and {_sized(b)}",
-        f"{_thing(c)} and {_sized(b)} on {ground}",
-        f"{_relation(a, b)} on {scene.background}",
-        f"{_count(scene)} on {ground} with {_thing(b)} {_where(b)}",
-        f"there is {_thing(c)} {_where(c)} and {_thing(b)} {_where(b)}",
+        f"{_thing(c)} and {_sized(b)} on a {scene.texture} {scene.background} background",
+        f"{_relation(a, b)} {_where(b)}",
+        f"{_count(scene)} on {scene.texture} {scene.background} with {_sized(b)} {_where(b)}",
+        f"{_thing(c)} {_where(c)} and {_thing(b)} {_where(b)}",
     )
 
 

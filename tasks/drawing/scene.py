@@ -35,13 +35,13 @@ BACKGROUNDS = {
     "mint": (190, 236, 212),
 }
 TEXTURES = ("plain", "striped", "dotted", "checked")
-RADII = {"small": 6, "large": 12}  # pixels
+RADII = {"small": 7, "large": 13}  # pixels
 PLACES = (
     ("top left", "top centre", "top right"),
     ("middle left", "centre", "middle right"),
     ("bottom left", "bottom centre", "bottom right"),
 )
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "moon")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SPLITS = (
     "train",
     "dev",

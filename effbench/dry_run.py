@@ -1,0 +1,129 @@
+"""What a run would take: each arm is built and steps a few times on random images; nothing is decoded or written."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from effbench import randomness
+from effbench.arms import testing_model
+from effbench.lockstep import Arm, Batch
+from effbench.measure.memory import process_peak, weight_bytes
+from effbench.passes import WARMUP
+from effbench.training import optimiser, training_mode
+
+if TYPE_CHECKING:
+    from effbench.experiment import Experiment
+
+MIB = 2**20
+
+
+def show(experiment: Experiment, console: Console) -> None:
+    """Print the arms, with the time and memory that they would take."""
+    header, rows, lines = estimate(experiment)
+    table = Table(*header, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+    for line in lines:
+        console.print(Text(line))
+
+
+def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[str]]:
+    """Header, one row per arm, and lines with the totals."""
+    task, protocol, sizes = experiment.task, experiment.protocol, experiment.sizes
+    few = min(protocol.timing_batch, sizes["test"])
+    rows, total = [], 0.0
+    trains = experiment.training_plans() if experiment.trains else []
+    for plan in experiment.plans:
+        randomness.seed_all(0)
+        model = testing_model(plan, task, experiment.recipe, experiment.backbone, protocol, {}, None)
+        rng = np.random.default_rng(0)
+        with torch.inference_mode():
+            pair, whole = (_random_batch(experiment, "test", few, drawn) for drawn in (rng, None))
+            step = _seconds(lambda model=model, batch=pair: task.predict(model, batch))
+            testing = _seconds(lambda model=model, batch=whole: task.predict(model, batch))
+        testing *= len(protocol.seeds) * sizes["test"] / few
+        timing = step * (protocol.timing_pairs + WARMUP if protocol.timing_pairs else 0)
+        training = _training(experiment, plan.name, step / few) if plan in trains else 0.0
+        total += testing + timing + training
+        own = "itself" if plan in trains else "baseline" if trains else "nobody"
+        rows.append(
+            [
+                plan.name,
+                plan.kind,
+                own,
+                _time(training),
+                _time(testing),
+                _time(timing),
+                f"{weight_bytes(model) / MIB:.0f} MiB",
+            ]
+        )
+    header = ["arm", "kind", "trained by", "train", "test", "timing", "weights"]
+    lines = [
+        f"about {_time(total)} once the images are decoded, and {process_peak() / MIB:.0f} MiB of memory",
+        f"{experiment.data.name}: {sizes['train']} / {sizes['dev']} / {sizes['test']} images; {experiment.backbone}; "
+        f"{protocol.epochs} epochs of batch {protocol.batch_size}, train {protocol.train}, {len(protocol.seeds)} seeds",
+        "nothing was run; leave --dry-run out to run it",
+    ]
+    return header, rows, lines
+
+
+def _training(experiment: Experiment, name: str, per_image: float) -> float:
+    """Seconds of training, from one step; of the feature pass, from the test step's time per image."""
+    from effbench.experiment import trains_within
+
+    task, protocol, sizes = experiment.task, experiment.protocol, experiment.sizes
+    arm: Arm = next(arm for arm in experiment.training_arms(protocol.seeds[0]) if arm.name == name)
+    size = min(protocol.batch_size, sizes["train"])
+    cached = protocol.train == "locked" and not trains_within(arm)
+    probe = size if cached else min(size, protocol.timing_batch)
+    rng = np.random.default_rng(0)
+    batch = _random_batch(experiment, "train", 2 if cached else probe, rng)
+    if cached:
+        with torch.no_grad():
+            features = task.frozen_features(arm.model, batch["image"])
+        tokens = task.batch(experiment.prepared, "train", np.arange(probe), rng, pixels=False)
+        batch = tokens | dict(features=features.repeat(probe // 2 + 1, 1)[:probe])
+    training_mode([arm])
+    adam = optimiser(arm.model, protocol)
+
+    def step() -> None:
+        task.loss(arm.model, batch).backward()
+        adam.step()
+        adam.zero_grad()
+
+    steps = protocol.epochs * (sizes["train"] // size) * len(protocol.seeds)
+    spent = _seconds(step) * size / probe * steps
+    return spent + (per_image * (sizes["train"] + sizes["dev"]) if cached else 0.0)
+
+
+def _random_batch(experiment: Experiment, split: str, size: int, rng: np.random.Generator | None) -> Batch:
+    size_px = experiment.protocol.image_size
+    batch = experiment.task.batch(experiment.prepared, split, np.arange(size), rng, pixels=False)
+    return experiment.setting.to_device(batch | dict(image=torch.rand(size, 3, size_px, size_px)))
+
+
+def _seconds(step: Any) -> float:
+    """The quicker of two calls, after one that warms up."""
+    step()
+    spent = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        step()
+        spent.append(time.perf_counter() - begin)
+    return min(spent)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 0.05:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,242 @@
+"""Experiments end to end on a tiny data set: results, resume, failures, every bad input."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+import effbench
+from effbench import store
+from effbench.errors import EffbenchError, InvalidError, UsageError
+from effbench.live import Live
+from effbench.samples import read_samples
+from tiny import flickr8k
+
+SMALL = dict(
+    backbone="timm:vit_tiny_patch16_224", weights="random", image_size=32, batch_size=8, epochs=2, timing_pairs=8, threads=1
+)
+METHOD = "token_prune:keep=0.5,at=1/2"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return flickr8k(tmp_path_factory.mktemp("data"))
+
+
+def run(data, out, methods=(METHOD,), **options):
+    return effbench.run(methods, data=data, out=out, **SMALL | dict(live=Live(Console(quiet=True))) | options)
+
+
+@pytest.fixture(scope="module")
+def record(data, tmp_path_factory):
+    """A run with a training-free arm and one that trains a scorer of its own."""
+    out = tmp_path_factory.mktemp("out")
+    learned = "token_prune:keep=0.5,at=1/2,score=learned"
+    return out, run(data, out, [METHOD, learned])
+
+
+def test_a_run_leaves_a_record_and_a_leaderboard(record):
+    out, found = record
+    path = out / "records" / found.id
+    assert store.read(path) == found
+    text = (out / "README.md").read_text()
+    assert METHOD in text and "noop" in text
+    assert not (out / ".partial").exists() or not list((out / ".partial").glob("*/checkpoint.pt"))
+    frame = effbench.load(path)
+    assert set(frame["arm"]) == {arm.name for arm in found.arms}
+
+
+def test_the_arms_and_their_phases(record):
+    _, found = record
+    names = [arm.name for arm in found.arms]
+    learned = "token_prune:keep=0.5,at=1/2,score=learned"
+    assert names[:5] == ["baseline", "noop", "identity", METHOD, learned]
+    assert {arm.name: arm.status for arm in found.arms} == dict.fromkeys(names, "ok")
+    assert found.arm(METHOD).train_time is None  # the baseline's own weights
+    assert found.arm(learned).train_time.steps > 0 and found.arm(learned).phase == "both"
+    assert found.arm(learned).trained_parameters > found.baseline().trained_parameters
+    random = [arm for arm in found.arms if arm.control == "random"]
+    assert sorted(arm.phase for arm in random) == ["both", "test"]
+
+
+def test_measures(record):
+    _, found = record
+    baseline, method = found.baseline(), found.arm(METHOD)
+    assert baseline.tokens == (5,) * 12 and method.tokens == (5, 3, 2, *[2] * 9)
+    assert 0 < method.test_flops.dense < baseline.test_flops.dense
+    assert method.test_flops.overhead > 0 == baseline.test_flops.overhead
+    assert baseline.weight_bytes >= 4 * baseline.parameters
+    assert baseline.memory.run_peak >= baseline.memory.load_peak > 0
+    assert baseline.train_time.features > 0 and baseline.train_time.compute >= baseline.train_time.features
+    for arm in found.arms[1:]:
+        assert arm.test_speedup.n == 8 and arm.image_speedup.value > 0
+    assert set(method.metrics) == {f"{way}_{m}" for way in ("t2i", "i2t") for m in ("r1", "r5", "r10", "medr")}
+
+
+def test_noop_is_the_baseline_to_the_bit_and_identity_to_rounding(record):
+    out, found = record
+    samples = read_samples(out / "records" / found.id / "samples.parquet")
+    ranks = samples[samples["kind"] == "item"].pivot_table(index=["score", "index"], columns="arm", values="value")
+    assert (ranks["noop"] == ranks["baseline"]).all()
+    assert found.arm("noop").losses == found.baseline().losses
+    assert found.arm("identity").losses["0"] == pytest.approx(found.baseline().losses["0"], rel=1e-4)
+
+
+def test_an_arm_is_the_same_alone_and_beside_others(record, data, tmp_path):
+    _, found = record
+    learned = "token_prune:keep=0.5,at=1/2,score=learned"
+    alone = run(data, tmp_path, [learned], timing_pairs=0)
+    assert alone.arm(learned).losses == found.arm(learned).losses
+    assert alone.baseline().losses == found.baseline().losses
+    assert alone.arm(learned).metrics["t2i_r5"].by_seed == found.arm(learned).metrics["t2i_r5"].by_seed
+
+
+@pytest.mark.parametrize("train", ["locked", "full"])
+@pytest.mark.parametrize("stop", [3, 7, 12])
+def test_a_killed_run_ends_as_if_it_had_not_been(data, tmp_path, monkeypatch, stop, train):
+    """Interrupted after any step, with a checkpoint after every one, the losses and ranks are bit-equal."""
+    from effbench import lockstep
+
+    learned = "token_prune:keep=0.5,at=1/2,score=learned"
+    options = dict(methods=[learned], timing_pairs=2, eval_batch=None, train=train)
+    options.pop("eval_batch")
+    whole = run(data, tmp_path / "whole", **options)
+    turns = [0]
+    original = lockstep.turn
+
+    def interrupted(*args):
+        turns[0] += 1
+        if turns[0] == stop:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(lockstep, "turn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "cut", checkpoint_every=0.0, **options)
+    cut = run(data, tmp_path / "cut", checkpoint_every=0.0, **options)
+    assert turns[0] > stop and cut.provenance.resumed == 1
+    for arm in whole.arms:
+        other = cut.arm(arm.name)
+        assert other.losses == arm.losses
+        assert {k: m.by_seed for k, m in other.metrics.items()} == {k: m.by_seed for k, m in arm.metrics.items()}
+    sums = [effbench.load(tmp_path / name / "records", samples=True) for name in ("whole", "cut")]
+    assert len(sums[0]) == len(sums[1])
+
+
+def test_another_number_of_threads_does_not_resume(data, tmp_path, monkeypatch):
+    from effbench import experiment
+
+    monkeypatch.setattr(experiment, "pairs", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path)
+    with pytest.raises(UsageError, match="used 1 threads, this one has 2"):
+        run(data, tmp_path, threads=2)
+
+
+def test_full_training_and_seeds(data, tmp_path):
+    found = run(data, tmp_path, train="full", seeds=2, epochs=1, timing_pairs=0)
+    assert set(found.baseline().losses) == {"0", "1"} and len(found.baseline().metrics["t2i_r1"].by_seed) == 2
+    assert found.baseline().trained_parameters == found.baseline().parameters
+    assert found.baseline().train_time.features == 0
+
+
+def test_no_training(data, tmp_path):
+    found = run(data, tmp_path, train="none", timing_pairs=0)
+    assert found.baseline().train_time is None and found.baseline().losses == {}
+    with pytest.raises(UsageError, match="acts while training, but nothing is trained"):
+        run(data, tmp_path, [METHOD + ",phase=both"], train="none")
+
+
+def test_an_arm_that_fails_is_named_and_the_others_go_on(data, tmp_path, monkeypatch):
+    from effbench_methods.token_prune import Prune
+
+    original = Prune.forward
+
+    def broken(self, state, projections):
+        if self.method.score == "norm" and self.training is False and state.tokens.shape[0] == 8:
+            raise RuntimeError("no such kernel")
+        return original(self, state, projections)
+
+    monkeypatch.setattr(Prune, "forward", broken)
+    found = run(data, tmp_path, ["token_prune:keep=0.5,at=1,score=norm", METHOD], timing_pairs=0)
+    broken_arm = found.arm("token_prune:keep=0.5,at=1,score=norm")
+    assert (broken_arm.status, broken_arm.error) == ("FAILED", "RuntimeError: no such kernel")
+    assert found.arm(METHOD).status == "ok" and "FAILED" in (tmp_path / "README.md").read_text()
+
+
+def test_nan_in_training_is_named(data, tmp_path):
+    with pytest.raises(EffbenchError, match="loss is nan at step") as failed:
+        run(data, tmp_path, lr=1e38, epochs=4)
+    assert "--lr" in failed.value.hint
+
+
+def test_dry_run_writes_nothing(data, tmp_path, capsys):
+    assert run(data, tmp_path / "out", dry_run=True) is None
+    shown = capsys.readouterr().out
+    assert METHOD in shown and "MiB of memory" in shown and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(methods=["token_prun"]), UsageError, "token_prun"),
+        (dict(methods=["token_prune:kep=0.5"]), UsageError, "kep"),
+        (dict(methods=["token_prune:keep=2"]), UsageError, "keep"),
+        (dict(methods=["token_prune:at=40"]), UsageError, "block 40 does not exist"),
+        (dict(task="flickr9k"), UsageError, "flickr9k"),
+        (dict(backbone="tim:x"), UsageError, "tim"),
+        (dict(backbone="timm:vit_tiny_patch16_225"), UsageError, "no model named"),
+        (dict(backbone="vit"), UsageError, "names no backbone"),
+        (dict(backbone="timm:resnet18", image_size=None), UsageError, "no transformer tower"),
+        (dict(weights="nowhere.safetensors"), InvalidError, "no weights file"),
+        (dict(weights=None), InvalidError, "no weights were named"),
+        (dict(epochs=-1), UsageError, "--epochs -1"),
+        (dict(batch_size=1), UsageError, "--batch-size 1"),
+        (dict(seeds=0), UsageError, "--seeds 0"),
+        (dict(data="nowhere"), InvalidError, "nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_work(data, tmp_path, options, error, message):
+    with pytest.raises(error, match=message) as refused:
+        run(**dict(data=data, out=tmp_path / "out") | options)
+    assert refused.value.hint and not (tmp_path / "out").exists()
+
+
+def test_weights_that_do_not_fit(data, tmp_path):
+    from safetensors.torch import save_file
+
+    file = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(InvalidError, match="do not fit"):
+        run(data, tmp_path / "out", weights=file)
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(InvalidError, match="not a readable file of weights"):
+        run(data, tmp_path / "out", weights=file)
+    malicious = tmp_path / "evil.pth"
+    torch.save(dataclasses.make_dataclass("Evil", [])(), malicious) if False else malicious.write_bytes(b"cos\nsystem\n")
+    with pytest.raises(InvalidError, match="not a readable file of weights"):
+        run(data, tmp_path / "out", weights=malicious)
+
+
+def test_a_real_kill_resumes_from_the_command_line(data, tmp_path):
+    """SIGKILL in mid-run, then the same command: it says that it resumes, and ends."""
+    command = [sys.executable, "-m", "effbench.cli", "run", "--method", METHOD, "--data", str(data), "--out", str(tmp_path)]
+    command += ["--backbone", SMALL["backbone"], "--weights", "random", "--image-size", "32", "--batch-size", "8"]
+    command += ["--epochs", "200", "--timing-pairs", "0", "--threads", "1", "--checkpoint-every", "0"]
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ)
+    import time
+
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".partial/*/checkpoint.pt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    first.kill()
+    first.wait()
+    assert not list(tmp_path.glob("records/*/record.json"))
+    second = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert second.returncode == 0 and "resuming an interrupted run" in second.stderr, second.stderr[-2000:]
+    assert len(list(tmp_path.glob("records/*/record.json"))) == 1
