@@ -28,12 +28,15 @@ MIB = 2**20
 def show(experiment: Experiment, console: Console) -> None:
     """Print the arms, with the time and memory that they would take."""
     header, rows, lines = estimate(experiment)
-    table = Table(*header, box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0))
+    table.add_column(header[0], overflow="fold")
+    for name in header[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
     for line in lines:
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)
 
 
 def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[str]]:
@@ -126,4 +129,4 @@ def _time(seconds: float) -> str:
     if seconds < 0.05:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{seconds:.1f}s"

@@ -33,6 +33,7 @@ from effbench.registry import tasks
 from effbench.report.leaderboard import write_leaderboard
 from effbench.samples import item_samples
 from effbench.spec import parse
+from effbench.terminal import console
 from effbench.training import train
 
 
@@ -93,7 +94,7 @@ def run(
     started = time.monotonic()
     stacks = [parse(spec) for spec in methods]
     if seeds < 1:
-        raise UsageError(f"--seeds {seeds}: at least one seed is needed")
+        raise UsageError(f"--seeds {seeds}: at least one seed is needed", "leave it out for one seed")
     with live or Live() as live:
         found = resolve(task, data, live.progress)
         if found.stood_in:
@@ -120,11 +121,9 @@ def run(
             experiment = Experiment(found.task, task, found.data, tower, stacks, protocol, live)
             experiment.check()
             if dry_run:
-                from rich.console import Console
-
                 from effbench.dry_run import show
 
-                show(experiment, Console())
+                show(experiment, console())
                 return None
             record = experiment.run(Path(out), checkpoint_every, fresh, started, _command())
         write_leaderboard(Path(out))
@@ -169,8 +168,9 @@ class Experiment:
                     f"{plan.name} acts while training, but nothing is trained", "use --train locked or full"
                 )
             randomness.seed_all(0)
-            training_model(plan, self.task, self.recipe, self.backbone, self.protocol)
-            if plan.methods:
+            if plan.kind == "baseline" or plan.during("train", "both"):
+                training_model(plan, self.task, self.recipe, self.backbone, self.protocol)
+            if plan.during("test"):
                 testing_model(plan, self.task, self.recipe, self.backbone, self.protocol, {}, None)
 
     def envelope(self) -> Envelope:
@@ -215,6 +215,7 @@ class Experiment:
         try:
             journal = Journal(Checkpoint(folder / "checkpoint.pt", every), self, fresh)
             trained, items = {}, {}
+            first = self.protocol.seeds[0]
             cached: Partial | None = None
             for seed in self.protocol.seeds:
                 if self.trains:
@@ -223,11 +224,14 @@ class Experiment:
                     trained[seed] = journal.phase(
                         f"train {seed}", lambda p, save, seed=seed, cached=cached: self._train(seed, cached, p, save)
                     )
+                arms = self._testing_arms(seed, trained.get(seed))
                 items[seed] = journal.phase(
-                    f"test {seed}", lambda p, save, seed=seed: self._test(seed, trained.get(seed), p, save)
+                    f"test {seed}",
+                    lambda p, save, seed=seed, arms=arms: test(arms, seed, self.setting, self.sizes, p, save),
                 )
-            first = self.protocol.seeds[0]
-            arms = self._testing_arms(first, trained.get(first), items[first])
+            arms = arms if len(self.protocol.seeds) == 1 else self._testing_arms(first, trained.get(first))
+            for arm in arms:
+                arm.error = items[first]["errors"][arm.name]
             timed = journal.phase("timing", lambda p, save: pairs(arms, self.setting, self.sizes, p, save))
             errors = {}
             for part in [*trained.values(), *items.values(), timed]:
@@ -265,12 +269,11 @@ class Experiment:
             use_features([arm for arm in arms if arm.name in cached["random"]], cached, self.sizes)
         return train(arms, seed, self.setting, self.sizes, partial, save)
 
-    def _testing_arms(self, seed: int, trained: Partial | None, tested: Partial | None = None) -> list[Arm]:
+    def _testing_arms(self, seed: int, trained: Partial | None) -> list[Arm]:
         """Every arm as it is tested; an arm that trains nothing has the baseline's weights of the same seed."""
         arms = []
         for plan in self.plans:
-            error = (trained or dict(errors={}))["errors"].get(plan.name, "")
-            error = error or (tested or dict(errors={}))["errors"].get(plan.name, "")
+            error = trained["errors"].get(plan.name, "") if trained else ""
             owner = plan.name if trained and plan.name in trained["arms"] else "baseline"
             state = trained["arms"][owner]["state"] if trained else {}
             randomness.seed_all(seed)
@@ -290,9 +293,6 @@ class Experiment:
         size = self.protocol.timing_batch
         for start in range(0, len(rows), size):
             yield self.task.batch(self.prepared, "train", rows[start : start + size], None)["image"]
-
-    def _test(self, seed: int, trained: Partial | None, partial: Partial | None, save: Any) -> Partial:
-        return test(self._testing_arms(seed, trained), seed, self.setting, self.sizes, partial, save)
 
     def _samples(self, items: dict[int, Partial]) -> pd.DataFrame:
         frames = [pd.DataFrame(self.setting.rows)]

@@ -85,8 +85,12 @@ class Method:
         from effbench.spec import check_parameters
 
         if not self.phase:
-            object.__setattr__(self, "phase", self.default_phase)
+            object.__setattr__(self, "phase", self.natural_phase())
         check_parameters(self)
+
+    def natural_phase(self) -> str:
+        """The phase where the user names none; it may depend on the parameters."""
+        return self.default_phase
 
     def edit_model(self, model: ModelView) -> None:
         """Change the model's structure in place: prune tokens after block k, swap the attention, drop layers.

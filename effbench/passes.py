@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from effbench import randomness
 from effbench.lockstep import (
     Arm,
     Batch,
@@ -129,9 +130,11 @@ def pairs(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: Par
     task, prepared, protocol = setting.task, setting.prepared, setting.protocol
     total = protocol.timing_pairs + WARMUP if protocol.timing_pairs else 0
     size = min(protocol.timing_batch, sizes["test"])
+    for arm in arms:  # whatever was drawn before, in this process or in one that was killed
+        arm.random = randomness.seeded(protocol.seeds[0])
     if partial:
         restore(arms, partial)
-    stopwatches = {arm.name: Stopwatch(task.parts(arm.model), setting.clock) for arm in arms}
+    stopwatches = {arm.name: Stopwatch(task.parts(arm.model), setting.clock) for arm in arms if not arm.error}
 
     def fetch(index: int) -> Batch:
         rng = np.random.default_rng([protocol.seeds[0], index])

@@ -39,6 +39,15 @@ def set_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def seeded(seed: int) -> dict[str, Any]:
+    """The state that a seed gives; the outer state is untouched."""
+    outer = get_state()
+    seed_all(seed)
+    state = get_state()
+    set_state(outer)
+    return state
+
+
 @contextmanager
 def swapped(holder: Any) -> Iterator[None]:
     """Run with `holder.random` as the random state and keep what it has become; the outer state is untouched."""

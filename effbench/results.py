@@ -41,9 +41,11 @@ def record(
     live, setting = experiment.live, experiment.setting
     rows = pd.DataFrame(setting.rows)
     live.stage("FLOPs, tokens and memory of each arm", len(arms), "arms")
+    training = {arm.name: arm for arm in experiment.training_arms(setting.protocol.seeds[0])} if trained else {}
     found = []
     for place, arm in enumerate(arms):
-        found.append(_arm(experiment, arm, arms[0], trained, items, errors.get(arm.name, arm.error), rows))
+        error = errors.get(arm.name, arm.error)
+        found.append(_arm(experiment, arm, training.get(arm.name), trained, items, error, rows))
         live.advance(place + 1)
     created = datetime.now(UTC)
     seconds = setting.seconds
@@ -86,7 +88,7 @@ def _not_deterministic(items: dict[int, Partial]) -> str:
 def _arm(
     experiment: Experiment,
     arm: Arm,
-    baseline: Arm,
+    training: Arm | None,
     trained: dict[int, Partial],
     items: dict[int, Partial],
     error: str,
@@ -94,8 +96,8 @@ def _arm(
 ) -> records.Arm:
     plan = arm.plan
     own = rows[rows["arm"] == plan.name]
-    others = rows[rows["arm"] == baseline.name]
-    trains = plan in experiment.training_plans() and bool(trained)
+    others = rows[rows["arm"] == "baseline"]
+    trains = training is not None
     facts: dict[str, Any] = dict(
         name=plan.name,
         spec=plan.spec,
@@ -120,7 +122,7 @@ def _arm(
                 facts["image_speedup"] = _speedup(others, own, "image_seconds")
         if trains:
             facts["train_speedup"] = stats.speedup(*_training_blocks(others, own))
-    facts |= _structure(experiment, arm, trains)
+    facts |= _structure(experiment, arm, training)
     facts["memory"], problem = _memory(experiment, plan)
     notes += [f"memory was not measured: {problem}"] if problem else []
     facts["metrics"] = _metrics(experiment, plan, items, trains)
@@ -163,9 +165,9 @@ def _training_blocks(baseline: pd.DataFrame, arm: pd.DataFrame) -> tuple[np.ndar
     return sums[0][used], sums[1][used]
 
 
-def _structure(experiment: Experiment, arm: Arm, trains: bool) -> dict[str, Any]:
+def _structure(experiment: Experiment, arm: Arm, training: Arm | None) -> dict[str, Any]:
     """FLOPs, tokens, parameters and bytes of an arm, as they are."""
-    task, protocol, prepared = experiment.task, experiment.protocol, experiment.prepared
+    task, prepared = experiment.task, experiment.prepared
     rng = np.random.default_rng(0)
     one = task.batch(prepared, "test", np.arange(1), rng)
     tokens = tokens_per_layer(task.parts(arm.model).get("image", arm.model), lambda: task.predict(arm.model, one))
@@ -177,8 +179,7 @@ def _structure(experiment: Experiment, arm: Arm, trains: bool) -> dict[str, Any]
         parameters=sum(p.numel() for p in arm.model.parameters()),
         weight_bytes=weight_bytes(arm.model),
     )
-    if trains:
-        training = next(a for a in experiment.training_arms(protocol.seeds[0]) if a.name == arm.name)
+    if training is not None:
         found["trained_parameters"] = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
         found["train_flops"] = _training_flops(experiment, training)
     return found

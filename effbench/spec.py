@@ -156,7 +156,8 @@ def _parse_method(text: str) -> Method:
 def _write_method(method: Method) -> str:
     cls = type(method)
     values = {name: getattr(method, name) for name in cls.parameters()}
-    given = [f"{name}={write(value)}" for name, value in values.items() if value != default(cls, name)]
+    defaults = {name: default(cls, name) for name in values} | dict(phase=method.natural_phase())
+    given = [f"{name}={write(value)}" for name, value in values.items() if value != defaults[name]]
     return methods.name_of(cls) + (":" + ",".join(given) if given else "")
 
 

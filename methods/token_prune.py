@@ -35,8 +35,6 @@ class TokenPrune(Method):
     fuse: bool = param(False, "append the score-weighted sum of the dropped tokens as one token")
 
     def __post_init__(self) -> None:
-        if self.score == "learned" and not self.phase:
-            object.__setattr__(self, "phase", "both")
         super().__post_init__()
         if self.score == "learned" and self.phase == "test":
             raise UsageError("token_prune: score=learned must be trained, so phase=test cannot be", "use phase=both")
@@ -45,6 +43,9 @@ class TokenPrune(Method):
                 f"token_prune: score={self.score} gives no weights to fuse the dropped tokens by",
                 "use fuse=false, or score=class_attention",
             )
+
+    def natural_phase(self) -> str:
+        return "both" if self.score == "learned" else "test"
 
     def edit_model(self, model: ModelView) -> None:
         tower = model.image

@@ -5,8 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from effbench_methods.algorithms.selection import farthest, fuse_rest, gather, stride
-from effbench_methods.token_prune import SCORES, Prune, TokenPrune
+from tiny import IMAGES, clip, vit
 
 import effbench
 from effbench.errors import UsageError
@@ -15,7 +14,8 @@ from effbench.method import TrainingPlan
 from effbench.models.tower import view
 from effbench.registry import methods
 from effbench.results import tokens_per_layer
-from tiny import IMAGES, clip, vit
+from effbench_methods.algorithms.selection import farthest, fuse_rest, gather, stride
+from effbench_methods.token_prune import SCORES, Prune, TokenPrune
 
 TRAINING_FREE = [score for score in SCORES if score != "learned"]
 

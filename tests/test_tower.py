@@ -7,12 +7,12 @@ import pytest
 import timm
 import torch
 from open_clip.transformer import TextTransformer
+from tiny import IMAGES, clip, vit
 from torch import nn
 
 from effbench.errors import InvalidError, UsageError
 from effbench.models.attention import Attention, class_attention
 from effbench.models.tower import TokenEdit, TokenState, view
-from tiny import IMAGES, clip, vit
 
 
 class First(TokenEdit):

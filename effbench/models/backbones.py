@@ -61,7 +61,9 @@ class Backbone(ABC):
         if weights is not None and pretrained is not None:
             raise UsageError("--weights and --pretrained exclude each other", "give one of them")
         self.name = name
-        self.reference = self._create(name, weights, pretrained, image_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # random weights are the same in every run
+            self.reference = self._create(name, weights, pretrained, image_size)
         self.reference.requires_grad_(True).eval()
         self._single_use = single_use
         #: arguments that make this backbone again in another process

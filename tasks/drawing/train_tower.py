@@ -66,9 +66,9 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.3, 4, (1, 1), (6, 8)),
-    Stage(0.2, 8, (1, 3), (4, 6, 8)),
-    Stage(0.5, 12, (3, 3), (2, 3, 3, 4)),
+    Stage(0.2, 4, (1, 1), (6, 8)),
+    Stage(0.35, 8, (3, 3), (4, 6, 8)),
+    Stage(0.45, 12, (3, 3), (2, 3, 3, 4)),
 )
 _NAMES = [place for row in PLACES for place in row]
 _SLOT = (len(SHAPES) + 1, len(_NAMES) + 1, len(RADII) + 1)  # of each colour: shape, place, size; 0 is "there is none"
@@ -124,7 +124,7 @@ def loss(probes: Probes, tokens: Tensor, wanted: list[Tensor]) -> tuple[Tensor, 
     for summary in summaries:
         told, field = summary.split([len(COLOURS) * sum(_SLOT), sum(_GROUND)], dim=1)
         told = told.unflatten(1, (len(COLOURS), -1))
-        total = total + _entropy(told, _SLOT, slots) + 0.1 * _entropy(field, _GROUND, ground)
+        total = total + 3 * _entropy(told, _SLOT, slots) + 0.3 * _entropy(field, _GROUND, ground)
         right.append(_right(told, _SLOT, slots))
     return total, torch.stack(right)
 
@@ -216,7 +216,7 @@ def save(tower: VisionTransformer, path: Path, command: str, trained_on: str) ->
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m effbench_tasks.drawing.train_tower")
     parser.add_argument("--out", type=Path, required=True, help="where the weights go (.safetensors)")
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
