@@ -8,6 +8,7 @@ import timm
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from tiny import flickr8k
 
 import effbench
 from effbench.errors import InvalidError, UsageError
@@ -16,7 +17,6 @@ from effbench.models import choose as choosing
 from effbench.models.backbones import OpenClip, Timm
 from effbench.models.choose import choose
 from effbench.records import Protocol
-from tiny import flickr8k
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from effbench.records import Arm, Flops, Interval, MetricValue, Record, Speedup
+from effbench.records import Arm, Flops, Interval, MetricValue, Record, Speedup, TimeSplit
 
 NONE = "—"
 
@@ -75,11 +75,19 @@ def heading(record: Record, name: str) -> str:
 
 
 def label(arm: Arm) -> str:
-    """The arm's name, with its stack where the name does not say it, and what it controls."""
+    """The arm's name, with its stack where the name does not say it."""
     text = f"{arm.name}: {arm.spec}" if arm.spec and not arm.spec.startswith(arm.name) else arm.spec or arm.name
-    if arm.kind == "control":
-        text = f"control · {text}" + (f" (for {', '.join(arm.controls_for)})" if arm.controls_for else "")
-    return text
+    return f"control · {text}" if arm.kind == "control" else text
+
+
+def seconds(time: TimeSplit | None) -> str:
+    """Data wait and compute together, e.g. `96.2 s`."""
+    return NONE if time is None else f"{number(time.total)} s"
+
+
+def waiting(time: TimeSplit | None) -> str:
+    """Data wait as a share of the time."""
+    return NONE if time is None or not time.total else f"{100 * time.data_wait / time.total:.1f} %"
 
 
 def status(arm: Arm) -> str:

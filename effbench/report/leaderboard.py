@@ -33,6 +33,8 @@ Written by `effbench leaderboard` from the records in [records](records); do not
   `noop`, a second untouched baseline, is noise.
 - GFLOPs: per image-caption pair at test time, 1 MAC = 2 FLOPs; `+` is the method's own scoring, `≥` a lower bound.
   Tokens: those that enter the first and the last block's MLP. Peak: memory of the arm in a process of its own.
+- Train: — where an arm uses the baseline's own weights. Where the image tower is locked its features are computed once;
+  that pass is part of the training time, and its FLOPs are spread over the epochs.
 - Lossy-ness: 1 - quality / baseline's quality, with its 95 % interval; negative is better than the baseline.
 """
 
@@ -124,7 +126,7 @@ def _section(digest: str, records: list[Record], differing: list[str]) -> str:
     rows = _rows(valid)
     parts = [_heading(envelope, digest), _conditions(envelope), _warning(envelope, differing)]
     if rows:
-        parts += ["**Cost**", _cost(rows), "**Quality**", _quality(rows, newest)]
+        parts += ["**Cost**", _cost(rows), "**Quality**", _quality(rows, newest), "**Time**", _time(rows)]
         parts.append(_measured(rows, len(valid)))
     invalid = [record for record in records if record.status != "ok"]
     if invalid:
@@ -233,6 +235,26 @@ def _cost(rows: list[Row]) -> str:
     return table(header, cells)
 
 
+def _time(rows: list[Row]) -> str:
+    """Seconds as they were; what an arm waits for is shared by all."""
+    header = ["arm", "train", "data wait", "of it features", "GFLOPs per pair and step", "test", "data wait"]
+    cells = []
+    for row in rows:
+        train, test = row.arm.train_time, row.arm.test_time
+        cells.append(
+            [
+                _name(row),
+                figures.seconds(train),
+                figures.waiting(train),
+                f"{figures.number(train.features)} s" if train and train.features else figures.NONE,
+                figures.gflops(row.arm.train_flops),
+                figures.seconds(test),
+                figures.waiting(test),
+            ]
+        )
+    return table(header, cells)
+
+
 def _quality(rows: list[Row], record: Record) -> str:
     primary = record.primary_metric
     names = [primary, *(name for name in record.envelope.metrics if name != primary)][:MAX_METRICS]
@@ -248,10 +270,12 @@ def _quality(rows: list[Row], record: Record) -> str:
 def _measured(rows: list[Row], total: int) -> str:
     """The records that the rows come from: noise floor, kernel effect, machine, command, notes."""
     shown = {row.record.id: row.record for row in rows}
-    parts = [f"**Measured in** {len(shown)} of {_plural(total, 'run')} of this envelope"]
-    sources = {row.arm.name: row.arm.source for row in rows if row.arm.source}
+    parts = [
+        f"**Measured in** {_plural(total, 'run')}" + (f", {len(shown)} of them shown" if len(shown) < total else "")
+    ]
+    sources = dict.fromkeys(row.arm.source for row in rows if row.arm.source)
     if sources:
-        parts.append("Sources: " + "; ".join(f"{escape(name)}: {escape(text)}" for name, text in sources.items()))
+        parts.append("Sources: " + "; ".join(escape(text) for text in sources))
     for record in shown.values():
         floor, kernel = (_control(record, name) for name in ("noop", "identity"))
         load = record.provenance.load
