@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -214,6 +215,8 @@ class Experiment:
             ) from None
         try:
             journal = Journal(Checkpoint(folder / "checkpoint.pt", every), self, fresh)
+            # images are decoded here, under their own progress, not inside the first timed stage
+            self.task.batch(self.prepared, "train", np.arange(1), None)
             trained, items = {}, {}
             first = self.protocol.seeds[0]
             cached: Partial | None = None
@@ -287,8 +290,6 @@ class Experiment:
 
     def _calibration(self) -> Any:
         """Training images, in batches, for methods that calibrate."""
-        import numpy as np
-
         rows = np.random.default_rng(0).permutation(self.sizes["train"])[:128]
         size = self.protocol.timing_batch
         for start in range(0, len(rows), size):

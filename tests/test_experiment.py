@@ -28,6 +28,8 @@ SMALL = dict(
 )
 CLI = "from effbench.cli import main; raise SystemExit(main())"
 METHOD = "token_prune:keep=0.5,at=1/2"
+LEARNED = METHOD + ",score=learned"
+TRAIN = ("locked", "full")
 
 
 class Evil:
@@ -50,8 +52,7 @@ def run(data, out, methods=(METHOD,), **options):
 def record(data, tmp_path_factory):
     """A run with a training-free arm and one that trains a scorer of its own."""
     out = tmp_path_factory.mktemp("out")
-    learned = "token_prune:keep=0.5,at=1/2,score=learned"
-    return out, run(data, out, [METHOD, learned])
+    return out, run(data, out, [METHOD, LEARNED])
 
 
 def test_a_run_leaves_a_record_and_a_leaderboard(record):
@@ -68,12 +69,11 @@ def test_a_run_leaves_a_record_and_a_leaderboard(record):
 def test_the_arms_and_their_phases(record):
     _, found = record
     names = [arm.name for arm in found.arms]
-    learned = "token_prune:keep=0.5,at=1/2,score=learned"
-    assert names[:5] == ["baseline", "noop", "identity", METHOD, learned]
+    assert names[:5] == ["baseline", "noop", "identity", METHOD, LEARNED]
     assert {arm.name: arm.status for arm in found.arms} == dict.fromkeys(names, "ok")
     assert found.arm(METHOD).train_time is None  # the baseline's own weights
-    assert found.arm(learned).train_time.steps > 0 and found.arm(learned).phase == "both"
-    assert found.arm(learned).trained_parameters > found.baseline().trained_parameters
+    assert found.arm(LEARNED).train_time.steps > 0 and found.arm(LEARNED).phase == "both"
+    assert found.arm(LEARNED).trained_parameters > found.baseline().trained_parameters
     random = [arm for arm in found.arms if arm.control == "random"]
     assert sorted(arm.phase for arm in random) == ["both", "test"]
 
@@ -103,22 +103,24 @@ def test_noop_is_the_baseline_to_the_bit_and_identity_to_rounding(record):
 
 def test_an_arm_is_the_same_alone_and_beside_others(record, data, tmp_path):
     _, found = record
-    learned = "token_prune:keep=0.5,at=1/2,score=learned"
-    alone = run(data, tmp_path, [learned], timing_pairs=0)
-    assert alone.arm(learned).losses == found.arm(learned).losses
+    alone = run(data, tmp_path, [LEARNED], timing_pairs=0)
+    assert alone.arm(LEARNED).losses == found.arm(LEARNED).losses
     assert alone.baseline().losses == found.baseline().losses
-    assert alone.arm(learned).metrics["t2i_r5"].by_seed == found.arm(learned).metrics["t2i_r5"].by_seed
+    assert alone.arm(LEARNED).metrics["t2i_r5"].by_seed == found.arm(LEARNED).metrics["t2i_r5"].by_seed
 
 
-@pytest.mark.parametrize("train", ["locked", "full"])
-@pytest.mark.parametrize("stop", [3, 7, 12])
-def test_a_killed_run_ends_as_if_it_had_not_been(data, tmp_path, monkeypatch, stop, train):
-    """Interrupted after any step, with a checkpoint after every one, the losses and ranks are bit-equal."""
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """Runs that nothing interrupts, by how they train."""
+    return {train: run(data, tmp_path_factory.mktemp(train), [LEARNED], timing_pairs=2, train=train) for train in TRAIN}
+
+
+@pytest.mark.parametrize("train, stop", [("locked", 2), ("locked", 7), ("locked", 11), ("full", 7)])
+def test_a_killed_run_ends_as_if_it_had_not_been(whole, data, tmp_path, monkeypatch, train, stop):
+    """Interrupted in any phase, with a checkpoint after every step: losses, ranks and samples are the same."""
     from effbench import lockstep
 
-    learned = "token_prune:keep=0.5,at=1/2,score=learned"
-    options = dict(methods=[learned], timing_pairs=2, train=train)
-    whole = run(data, tmp_path / "whole", **options)
+    options = dict(methods=[LEARNED], timing_pairs=2, train=train, checkpoint_every=0.0)
     turns = [0]
     original = lockstep.turn
 
@@ -130,15 +132,17 @@ def test_a_killed_run_ends_as_if_it_had_not_been(data, tmp_path, monkeypatch, st
 
     monkeypatch.setattr(lockstep, "turn", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(data, tmp_path / "cut", checkpoint_every=0.0, **options)
-    cut = run(data, tmp_path / "cut", checkpoint_every=0.0, **options)
+        run(data, tmp_path, **options)
+    cut = run(data, tmp_path, **options)
     assert turns[0] > stop and cut.provenance.resumed == 1
-    for arm in whole.arms:
+    for arm in whole[train].arms:
         other = cut.arm(arm.name)
         assert other.losses == arm.losses
         assert {k: m.by_seed for k, m in other.metrics.items()} == {k: m.by_seed for k, m in arm.metrics.items()}
-    sums = [effbench.load(tmp_path / name / "records", samples=True) for name in ("whole", "cut")]
-    assert len(sums[0]) == len(sums[1])
+    steps = effbench.load(tmp_path, samples=True)
+    steps = steps[steps["kind"] == "step"]
+    assert not steps.duplicated(["arm", "seed", "phase", "index"]).any()
+    assert set(steps["phase"]) == {"train", "quality", "timing"} | ({"features"} if train == "locked" else set())
 
 
 def test_another_number_of_threads_does_not_resume(data, tmp_path, monkeypatch):

@@ -3,9 +3,10 @@
     python -m effbench_tasks.drawing.train_tower --out scenes_vit.safetensors
 
 It learns, from scenes drawn on the way, to name what it sees: the class token tells the shape, place and size of the
-thing of every colour (or that there is none) and the background; every patch token tells the same of what covers it. Shapes are learned within a cell of the grid, from crowded scenes and by few blocks: there
-this takes a tenth of the images. Then the windows, in which tokens see each other, and the depth grow to their full
-size and the scenes become those of the data set.
+thing of every colour (or that there is none) and the background; every patch token tells the same of what covers it.
+Shapes are learned within a cell of the grid, from crowded scenes and by few blocks: there this takes a tenth of the
+images. Then the windows, in which tokens see each other, and the depth grow to their full size, and the scenes become
+those of the data set.
 """
 
 from __future__ import annotations
@@ -55,19 +56,19 @@ SIDE = SIZE // ARCHITECTURE["patch_size"]  # patches
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training: its share of the steps, blocks in use, height and width in cells of the windows that
-    attention stays within, and the numbers of things in its scenes."""
+    """A part of the training: its share of the steps, blocks in use, windows per side that attention stays within,
+    and the numbers of things in its scenes."""
 
     share: float
     depth: int
-    window: tuple[int, int]
+    windows: int
     counts: tuple[int, ...]
 
 
 STAGES = (
-    Stage(0.25, 4, (1, 1), (6, 8)),
-    Stage(0.3, 8, (3, 3), (4, 6, 8)),
-    Stage(0.45, 12, (3, 3), (2, 3, 3, 4)),
+    Stage(0.25, 4, 3, (6, 8)),
+    Stage(0.3, 8, 1, (4, 6, 8)),
+    Stage(0.45, 12, 1, (2, 3, 3, 4)),
 )
 _NAMES = [place for row in PLACES for place in row]
 _FACTS = (len(SHAPES), len(_NAMES), len(RADII))  # what there is to tell of a thing of given colour
@@ -141,17 +142,14 @@ def forward(tower: VisionTransformer, images: Tensor, stage: Stage) -> Tensor:
     Each window has a class token of its own; their mean is returned.
     """
     x = tower._pos_embed(tower.patch_embed(images))
-    rows, columns = (3 // cells for cells in stage.window)
-    high, wide = SIDE // rows, SIDE // columns
-    grid = (
-        x[:, 1:].unflatten(1, (rows, high, columns, wide)).transpose(2, 3)
-    )  # (batch, rows, columns, high, wide, width)
-    windows = grid.flatten(3, 4).flatten(0, 2)
-    first = x[:, :1].repeat_interleave(rows * columns, dim=0)
+    n, side = stage.windows, SIDE // stage.windows
+    grid = x[:, 1:].unflatten(1, (n, side, n, side)).transpose(2, 3)
+    windows = grid.flatten(3, 4).flatten(0, 2)  # (batch x windows, patches of one, width)
+    first = x[:, :1].repeat_interleave(n * n, dim=0)
     y = tower.norm(tower.blocks[: stage.depth](torch.cat([first, windows], dim=1)))
-    classes = y[:, 0].unflatten(0, (-1, rows * columns)).mean(dim=1, keepdim=True)
-    grid = y[:, 1:].unflatten(0, (-1, rows, columns)).unflatten(3, (high, wide))
-    return torch.cat([classes, grid.transpose(2, 3).flatten(1, 4)], dim=1)
+    classes = y[:, 0].unflatten(0, (-1, n * n)).mean(dim=1, keepdim=True)
+    grid = y[:, 1:].unflatten(0, (-1, n, n)).unflatten(3, (side, side)).transpose(2, 3)
+    return torch.cat([classes, grid.flatten(1, 4)], dim=1)
 
 
 def fresh() -> VisionTransformer:
