@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -132,7 +133,12 @@ def run(
 
 
 class Experiment:
-    """The parts of one experiment that its phases share."""
+    """The parts of one experiment that its phases share.
+
+    Args:
+        task: the task. name: how it was asked for.
+        stacks: the arms asked for, each a tuple of methods.
+    """
 
     def __init__(
         self, task: Any, name: str, data: Any, backbone: Any, stacks: list[Any], protocol: Protocol, live: Any
@@ -140,7 +146,8 @@ class Experiment:
         self.task, self.name, self.data, self.backbone, self.live = task, name, data, backbone, live
         if protocol.data_share < 1:
             share = max(protocol.batch_size, round(len(data.splits["train"]) * protocol.data_share))
-            data.splits["train"] = data.splits["train"][:share]
+            drawn = np.random.default_rng(0).permutation(len(data.splits["train"]))[:share]
+            data.splits["train"] = [data.splits["train"][i] for i in sorted(drawn)]
         self.protocol = protocol
         self.sizes = data.sizes()
         self.plans = plan_arms(stacks)
@@ -244,9 +251,9 @@ class Experiment:
                 update=dict(wall_time=journal.before + time.monotonic() - started, peak_memory=process_peak() or 0)
             )
             store.write(record, self._samples(items), out)
-            journal.checkpoint.path.unlink(missing_ok=True)
         finally:
             lock.release()
+        shutil.rmtree(folder, ignore_errors=True)
         return record
 
     def _features(self, partial: Partial | None, save: Any) -> Partial:
@@ -257,6 +264,7 @@ class Experiment:
         return [arm for arm in self.training_arms(self.protocol.seeds[0]) if not trains_within(arm)]
 
     def training_arms(self, seed: int) -> list[Arm]:
+        """The arms that train weights of their own, freshly built under a seed."""
         arms = []
         for plan in self.training_plans():
             randomness.seed_all(seed)

@@ -63,7 +63,7 @@ class Setting:
     Args:
         rows: samples, appended to (see `effbench.samples`).
         live: shows progress (see `effbench.live`).
-        seconds: wall seconds by kind: "data", "compute", "loop" (all inside the loops), "other" (dev, checkpoints).
+        seconds: wall seconds of the loops ("loop") and, of them, "data", "compute" and "other" (dev, checkpoints).
     """
 
     task: Task
@@ -133,8 +133,8 @@ def steps(
             setting.rows.append(row | (result if isinstance(result, dict) else {}))
         seconds["data"] += fetched - begin
         seconds["compute"] += sum(spent for _, spent in results.values())
-        seconds["loop"] += clock.now() - begin
         yield index, {name: result for name, (result, _) in results.items()}
+        seconds["loop"] += clock.now() - begin  # with whatever the caller did between two steps
 
 
 def _with_batch(work: Callable[[Arm, Batch, int], Any], batch: Batch, index: int, arm: Arm) -> Any:

@@ -49,7 +49,7 @@ def record(
         live.advance(place + 1)
     created = datetime.now(UTC)
     seconds = setting.seconds
-    outside = seconds["loop"] - seconds["data"] - seconds["compute"]
+    outside = seconds["loop"] - seconds["data"] - seconds["compute"] - seconds["other"]
     why = _noise(found) or _not_deterministic(items)
     source = provenance(command)
     return records.Record(

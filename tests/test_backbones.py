@@ -60,7 +60,7 @@ def test_auto_takes_the_weights_it_finds(weights, monkeypatch):
 def test_auto_falls_back_to_the_shipped_tower_with_a_banner():
     backbone, banner = choose("auto")
     text = " ".join(banner)
-    assert str(backbone) == "shipped:scenes_vit" and backbone.image_size == 112
+    assert str(backbone) == "shipped:scenes_vit" and backbone.image_size == 96
     assert "EFFBENCH_WEIGHTS" in text and "Looked for" in text and "timm:deit_tiny_patch16_224" in text
     embedded, banner = choose("auto", embedded=True)
     assert embedded.weights_id == backbone.weights_id and not banner

@@ -105,6 +105,7 @@ class BlockLoop:
                 reduce = block.token_edit(state, projections)
                 if reduce is not None:
                     state = state.reduced(reduce)
+            del branch, projections  # not held through the MLP, where memory peaks
             state.tokens = state.tokens + self.mlp_branch(block, state.tokens)
         return state.tokens
 

@@ -32,7 +32,8 @@ Written by `effbench leaderboard` from the records in [records](records); do not
 - Speed-up: median of the paired ratios baseline time / arm time, with its 95 % interval. A speed-up inside the band of
   `noop`, a second untouched baseline, is noise.
 - GFLOPs: per image-caption pair at test time, 1 MAC = 2 FLOPs; `+` is the method's own scoring, `≥` a lower bound.
-  Tokens: those that enter the first and the last block's MLP. Peak: memory of the arm in a process of its own.
+  Tokens: those that enter the first and the last block's MLP. Peak: memory of a test step in a process of its own,
+  libraries not counted.
 - Train: — where an arm uses the baseline's own weights. Where the image tower is locked its features are computed once;
   that pass is part of the training time, and its FLOPs are spread over the epochs.
 - Lossy-ness: 1 - quality / baseline's quality, with its 95 % interval; negative is better than the baseline.
