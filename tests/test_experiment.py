@@ -244,7 +244,7 @@ def test_a_real_kill_resumes_from_the_command_line(data, tmp_path):
     """SIGKILL in mid-run, then the same command: it says that it resumes, and ends."""
     command = [sys.executable, "-c", CLI, "run", "--method", METHOD, "--data", str(data), "--out", str(tmp_path)]
     command += ["--backbone", SMALL["backbone"], "--weights", "random", "--image-size", "32", "--batch-size", "8"]
-    command += ["--epochs", "200", "--timing-pairs", "0", "--threads", "1", "--checkpoint-every", "0"]
+    command += ["--epochs", "40", "--timing-pairs", "0", "--threads", "1", "--checkpoint-every", "0"]
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".partial/*/checkpoint.pt")) and time.monotonic() < deadline:

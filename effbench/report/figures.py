@@ -52,7 +52,7 @@ def metric(value: MetricValue | None, interval: bool = False) -> str:
     """A metric's value, with its interval where that is asked for."""
     if value is None:
         return NONE
-    digits = 1 if value.unit == "%" or abs(value.value) >= 10 else 3
+    digits = 1 if value.unit in ("%", "rank") or abs(value.value) >= 10 else 3
     return f"{value.value:.{digits}f}{bounds(value, digits=digits) if interval else ''}"
 
 
