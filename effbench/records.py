@@ -80,6 +80,7 @@ class Provenance(Model):
     versions: dict[str, Text] = {}
     platform: Text = ""
     python: Text = ""
+    threading: dict[str, Text] = Field({}, description="environment variables that change how threads share the cores")
     load: Finite | None = Field(None, description="load average per core when the run started")
     resumed: Count = Field(0, description="how often the run was resumed")
     data_origin: Text = ""

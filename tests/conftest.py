@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from effbench.cli import share_cores
+
+share_cores()  # before torch is imported, as the command line does
+
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):

@@ -26,6 +26,10 @@ LIBRARIES = (
 )
 
 
+#: variables that change how threads share the cores
+THREADING = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
+
+
 def cores() -> int:
     """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
@@ -66,6 +70,7 @@ def provenance(command: str) -> Provenance:
         platform=platform.platform(),
         python=platform.python_version(),
         load=load_per_core(),
+        threading={name: os.environ[name] for name in sorted(os.environ) if name.startswith(THREADING)},
     )
 
 
