@@ -33,7 +33,7 @@ class Prepared:
         read_pixels: gives `pixels`, decoding the images if that was not done before.
         tokens: by split, (captions, context) int64, an image's captions next to each other.
         first: by split, (images + 1,) index of each image's first caption.
-        vocabulary: size of the vocabulary of the training captions; None where the backbone has a tokenizer.
+        vocabulary: words and context of the vocabulary of the training captions; None where the backbone has its own.
     """
 
     read_pixels: Callable[[], dict[str, np.ndarray]]
@@ -41,7 +41,7 @@ class Prepared:
     first: dict[str, np.ndarray]
     mean: Tensor
     std: Tensor
-    vocabulary: int | None
+    vocabulary: tuple[int, int] | None
 
     @cached_property
     def pixels(self) -> dict[str, np.ndarray]:
@@ -57,6 +57,8 @@ class Alignment(Task):
     """Match images with their captions, both ways."""
 
     primary = "t2i_r10"
+    #: measured on Flickr8k with a frozen DeiT-tiny: dev R@10 stops rising at about the tenth epoch
+    recommended = {"train": "locked", "epochs": 12, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.1}
 
     def prepare(self, data: Data, backbone: Backbone, protocol: Protocol, progress) -> Prepared:
         for split, examples in data.splits.items():
@@ -72,13 +74,13 @@ class Alignment(Task):
             first,
             mean * 255,
             std * 255,
-            None if backbone.has_text else len(tokenizer),
+            None if backbone.has_text else (len(tokenizer), tokenizer.context),
         )
 
-    def recipe(self, prepared: Prepared) -> int | None:
+    def recipe(self, prepared: Prepared) -> tuple[int, int] | None:
         return prepared.vocabulary
 
-    def build(self, recipe: int | None, backbone: Backbone, protocol: Protocol) -> nn.Module:
+    def build(self, recipe: tuple[int, int] | None, backbone: Backbone, protocol: Protocol) -> nn.Module:
         return backbone.dual_encoder(protocol, recipe)
 
     def batch(self, prepared, split, index, rng, pixels=True):

@@ -19,6 +19,8 @@ SIZES = {"train": 2000, "dev": 500, "test": 500}
 class Scenes(Alignment):
     """Coloured shapes on a background, drawn by a program: needs no download, proves nothing about photos."""
 
+    recommended = {**Alignment.recommended, "epochs": 8}
+
     def load(self, request: DataRequest) -> Data:
         """Sample the scenes and write their captions; the pictures are drawn when they are needed.
 

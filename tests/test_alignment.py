@@ -84,7 +84,9 @@ def test_infonce_equals_the_formula():
 
 
 def test_vocabulary():
-    vocabulary = Vocabulary(["A dog runs", "a dog sits", "the cat"], context=5)
+    captions = ["A dog runs", "a dog sits", "the cat"]
+    assert Vocabulary(captions).context == 4  # the longest and the end token
+    vocabulary = Vocabulary([*captions, "one two three four five"], context=5)
     assert len(vocabulary) == 5  # padding, unknown, a, dog, end
     ids = vocabulary(["a dog barks", "A dog , a dog a dog"]).tolist()
     assert ids[0] == [2, 3, 1, 4, 0] and ids[1] == [2, 3, 2, 3, 4]  # cut before the end token, which stays

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -104,7 +105,11 @@ def test_another_process_draws_the_same(data):
         "print(hashlib.sha256(b''.join(e.image().tobytes() for e in found)).hexdigest(), found[7].captions)"
     )
     there = subprocess.run(
-        [sys.executable, "-c", script], env={"PYTHONHASHSEED": "1"}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     here = examples("dev", 20)
     pixels = hashlib.sha256(b"".join(e.image().tobytes() for e in here)).hexdigest()

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from effbench.records import Protocol
 
 EMBEDDING = 256  # width of the joint space where the backbone brings none
-TEXT = dict(context_length=32, width=256, heads=4, layers=2)  # the small text tower
+TEXT = dict(width=256, heads=4, layers=2)  # the small text tower
+CONTEXT = 32  # its most tokens
 
 
 class Backbone(ABC):
@@ -81,16 +82,16 @@ class Backbone(ABC):
         """The library's model with its weights; also sets image_size, mean and std."""
 
     @abstractmethod
-    def dual_encoder(self, protocol: Protocol, vocabulary: int | None) -> DualEncoder:
+    def dual_encoder(self, protocol: Protocol, vocabulary: tuple[int, int] | None) -> DualEncoder:
         """A fresh dual encoder.
 
         Args:
-            vocabulary: size of the task's own vocabulary; None where the backbone has a text tower.
+            vocabulary: words and context of the task's own vocabulary; None where the backbone has a text tower.
         """
 
     def tokenizer(self, captions: Sequence[str]) -> Callable[[Sequence[str]], Tensor]:
         """Captions -> ids (captions, context). `captions` are the training captions that a vocabulary is made of."""
-        return Vocabulary(captions, TEXT["context_length"])
+        return Vocabulary(captions, CONTEXT)
 
 
 class Timm(Backbone):
@@ -125,7 +126,8 @@ class Timm(Backbone):
         from open_clip.transformer import TextTransformer
 
         image = TimmFeatures(self._fresh())
-        text = TextTransformer(vocab_size=vocabulary, output_dim=EMBEDDING, **TEXT)
+        words, context = vocabulary
+        text = TextTransformer(vocab_size=words, context_length=context, output_dim=EMBEDDING, **TEXT)
         return DualEncoder(image, text, nn.Linear(image.width, EMBEDDING), protocol.head, EMBEDDING)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,15 +18,17 @@ class Vocabulary:
 
     Args:
         captions: the training captions.
-        context: tokens per caption, end-of-text included; longer captions are cut.
+        context: most tokens per caption, end-of-text included; longer captions are cut. It is less where no training
+            caption is that long: padding costs a text tower as much as words.
         least: words seen less often become UNKNOWN.
     """
 
-    def __init__(self, captions: Iterable[str], context: int = 32, least: int = 2) -> None:
-        counts = Counter(word for caption in captions for word in _WORD.findall(caption.lower()))
+    def __init__(self, captions: Sequence[str], context: int = 32, least: int = 2) -> None:
+        split = [_WORD.findall(caption.lower()) for caption in captions]
+        counts = Counter(word for caption in split for word in caption)
         words = sorted(word for word, count in counts.items() if count >= least)
         self.ids = {word: index + 2 for index, word in enumerate(words)}
-        self.context = context
+        self.context = min(context, max(map(len, split), default=0) + 1)
         self.end = len(words) + 2
 
     def __len__(self) -> int:

@@ -103,9 +103,8 @@ def draw(scene: Scene) -> Image.Image:
     image = Image.new("RGB", (SIZE * OVERSAMPLING,) * 2, paper)
     pen = ImageDraw.Draw(image)
     _texture(pen, scene.texture, tuple(v - 22 if sum(paper) > 300 else v + 22 for v in paper))
-    ground = image.copy() if any(t.shape == "moon" for t in scene.things) else None
     for thing in scene.things:
-        _thing(image, pen, ground, thing)
+        _thing(pen, thing)
     return image.reduce(OVERSAMPLING)
 
 
@@ -125,7 +124,7 @@ def _texture(pen: ImageDraw.ImageDraw, texture: str, ink: tuple[int, ...]) -> No
                     pen.rectangle((x + half, y + half, x + step - 1, y + step - 1), ink)
 
 
-def _thing(image: Image.Image, pen: ImageDraw.ImageDraw, ground: Image.Image | None, thing: Thing) -> None:
+def _thing(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
     x, y = (v * OVERSAMPLING for v in thing.centre)
     r, ink = RADII[thing.size] * OVERSAMPLING, COLOURS[thing.colour]
     box = (x - r, y - r, x + r, y + r)
@@ -140,8 +139,6 @@ def _thing(image: Image.Image, pen: ImageDraw.ImageDraw, ground: Image.Image | N
             pen.ellipse(box, outline=ink, width=r * 2 // 5)
         case "square":
             polygon((-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88))
-        case "diamond":
-            polygon((0, -1), (0.8, 0), (0, 1), (-0.8, 0))
         case "triangle":
             polygon((0, -1), (1, 0.85), (-1, 0.85))
         case "cross":
@@ -150,10 +147,3 @@ def _thing(image: Image.Image, pen: ImageDraw.ImageDraw, ground: Image.Image | N
         case "star":
             turns = [(math.pi * k / 5, 1.0 if k % 2 == 0 else 0.42) for k in range(10)]
             polygon(*((d * math.sin(a), -d * math.cos(a)) for a, d in turns))
-        case "moon":
-            # the part of a disc outside a second disc: what the second covers is given back to the background
-            hidden = Image.new("1", image.size)
-            bite = r * 3 // 5
-            ImageDraw.Draw(hidden).ellipse((x - r + bite, y - r * 9 // 10, x + r + bite, y + r * 9 // 10), 1)
-            pen.ellipse(box, ink)
-            image.paste(ground, mask=hidden)
