@@ -16,7 +16,8 @@ from effbench.report.markdown import clean
 
 VERDICT_STYLES = {"FASTER": "green", "SLOWER": "red", "AMBIGUOUS": "yellow", "TOO FEW SAMPLES": "yellow"}
 KIND_STYLES = {"baseline": "bold", "control": "dim", "method": ""}
-MAX_METRICS = 6
+MAX_METRICS = 6  # in 100 columns; in WIDE ones all of a retrieval task
+WIDE = 130
 
 
 def print_record(record: Record, console: Console) -> None:
@@ -35,7 +36,7 @@ def print_record(record: Record, console: Console) -> None:
     if record.status != "ok":
         console.print(Text(f"INVALID: {clean(record.why_invalid, None)}", style="bold red"))
     console.print(_cost(arms))
-    console.print(_quality(arms, record))
+    console.print(_quality(arms, record, 8 if console.width >= WIDE else MAX_METRICS))
     floor, kernel = (next((arm for arm in arms if arm.control == name), None) for name in ("noop", "identity"))
     console.print(
         f"noise floor (noop) {figures.ratio(floor and floor.test_speedup)} · "
@@ -68,8 +69,7 @@ def _fill(table: Table, arms: list[Arm], cells: Callable[[Arm], list[str | Text]
         if arm.kind == "control" and arms[i - 1].kind != "control":
             table.add_section()
             table.add_row(Text("controls:", style="dim"))
-        served = f" for {', '.join(arm.controls_for)}" if arm.controls_for else ""
-        text = f"{arm.name}{served}" if arm.kind == "control" else figures.label(arm)
+        text = arm.name if arm.kind == "control" else figures.label(arm)
         indent = "  " if arm.kind == "control" else ""
         table.add_row(Text(indent + clean(text), style=KIND_STYLES[arm.kind]), *cells(arm))
     return table
@@ -104,9 +104,11 @@ def _speed(arm: Arm) -> Text:
     return text.append(f"\n{interval}") if interval else text
 
 
-def _quality(arms: list[Arm], record: Record) -> Table:
+def _quality(arms: list[Arm], record: Record, most: int) -> Table:
     primary = record.primary_metric
-    names = [primary, *(name for name in record.envelope.metrics if name != primary)][:MAX_METRICS]
+    units = {name: value.unit for arm in arms for name, value in arm.metrics.items()}
+    # the primary one first, shares before ranks
+    names = sorted(record.envelope.metrics, key=lambda name: (name != primary, units.get(name) != "%"))[:most]
     headings = [clean(figures.heading(record, name)).replace(" ", "\n", 1) for name in names]
 
     def cells(arm: Arm) -> list[str | Text]:
