@@ -52,6 +52,8 @@ def choose(
         kind = backbones.get(family)
         if weights is None and pretrained is None and family != "shipped":
             weights = next((path for path in _stored() if path.stem == name), None)
+        if pretrained is None:
+            return kind(name, weights, **options), []
         with hub():
             return kind(name, weights, pretrained, **options), []
     if weights not in (None, "random"):
