@@ -122,6 +122,11 @@ def run(
         with _threads(protocol.threads):
             experiment = Experiment(found.task, task, found.data, tower, stacks, protocol, live)
             experiment.check()
+            sizes = " / ".join(f"{n:,} {split}" for split, n in experiment.sizes.items())
+            live.note(f"data: {found.data.name}, {sizes} images; {found.data.origin}")
+            live.note(
+                f"backbone: {tower}, weights {tower.origin['weights'] or tower.origin['pretrained'] or 'shipped'}"
+            )
             if dry_run:
                 from effbench.dry_run import show
 
