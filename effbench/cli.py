@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 
 from effbench.commands.data import check, get
 from effbench.commands.run import exit_code, run
-from effbench.errors import EffbenchError, UsageError
+from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.terminal import console, say, say_error
 
 INTERRUPTED = 130
@@ -79,6 +79,8 @@ def leaderboard(out: Out = Path("leaderboard")) -> None:
     """Write the leaderboard anew from the records."""
     from effbench.report.leaderboard import write_leaderboard
 
+    if not (out / "records").is_dir():
+        raise InvalidError(f"there are no runs in {out}", "make one with effbench run, or name the folder with --out")
     say(f"leaderboard: {write_leaderboard(out)}")
 
 

@@ -71,9 +71,10 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
         )
     header = ["arm", "kind", "trained by", "train", "test", "timing", "weights"]
     lines = [
-        f"about {_time(total)} once the images are decoded, and {process_peak() / MIB:.0f} MiB of memory",
+        f"roughly {_time(total)} once the images are decoded, and {process_peak() / MIB:.0f} MiB of memory "
+        "for the process that holds all arms",
         f"{experiment.data.name}: {sizes['train']} / {sizes['dev']} / {sizes['test']} images; {experiment.backbone}; "
-        f"{protocol.epochs} epochs of batch {protocol.batch_size}, train {protocol.train}, {len(protocol.seeds)} seeds",
+        f"epochs {protocol.epochs}, batch {protocol.batch_size}, train {protocol.train}, seeds {len(protocol.seeds)}",
         "nothing was run; leave --dry-run out to run it",
     ]
     return header, rows, lines

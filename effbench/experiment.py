@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -34,7 +35,7 @@ from effbench.records import Envelope, Protocol, Record
 from effbench.registry import tasks
 from effbench.report.leaderboard import write_leaderboard
 from effbench.samples import item_samples
-from effbench.spec import parse
+from effbench.spec import canonical, parse
 from effbench.terminal import console
 from effbench.training import train
 
@@ -94,10 +95,15 @@ def run(
         EffbenchError: the baseline failed, or the disk is full; the same call goes on from the last step group.
     """
     started = time.monotonic()
+    if added := {"baseline", "noop", "identity"} & set(methods):
+        raise UsageError(f"{added.pop()} is an arm of every run", "leave it out")
     stacks = [parse(spec) for spec in methods]
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}: at least one seed is needed", "leave it out for one seed")
     with live or Live() as live:
+        for spec, times in Counter(map(canonical, stacks)).items():
+            if times > 1:
+                live.warn(f"{spec} is asked for {times} times and runs once")
         found = resolve(task, data, live.progress)
         if found.stood_in:
             live.banner(f"NO REAL {task.upper()} DATA: RUNNING ON {found.data.name.upper()}", [found.looked])

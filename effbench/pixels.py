@@ -135,7 +135,7 @@ def _build(file: Path, data: Data, size: int, progress: Progress) -> None:
         os.replace(part, file)
         progress(f"decoding images to {size} px", len(examples), len(examples))
     except InvalidError as error:
-        error.hint = f"`effbench data check {data.name}` lists all damaged images"
+        error.hint = f"`effbench data check {data.name} --data {data.origin}` lists all damaged images"
         raise
     except OSError as error:
         raise cannot_write(part, error) from None

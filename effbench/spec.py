@@ -21,13 +21,16 @@ from effbench.registry import did_you_mean, methods
 
 
 def parse(text: str) -> tuple[Method, ...]:
-    """The stack of methods that a spec names; an empty text is the empty stack.
+    """The stack of methods that a spec names.
 
     Raises:
         UsageError: unknown method or parameter, a value of the wrong type or out of range, a conflict in the stack.
         EffbenchError: the method's plugin cannot be used.
     """
-    stack = tuple(_parse_method(part.strip()) for part in text.split("+")) if text.strip() else ()
+    parts = [part.strip() for part in text.split("+")]
+    if not all(parts):
+        raise UsageError(f"a method is missing in {text!r}", "write NAME[:param=value,...], joined by + for a stack")
+    stack = tuple(map(_parse_method, parts))
     check_stack(stack)
     return stack
 
@@ -133,6 +136,8 @@ def _parse_method(text: str) -> Method:
         raise EffbenchError(f"method {name} is wrong: {method.__name__} lacks @dataclass(frozen=True)", hint)
     parameters = _typed_parameters(method)
     values: dict[str, Any] = {}
+    if colon and not rest.strip():
+        raise UsageError(f"nothing follows the colon in {text!r}", hint)
     for i, part in enumerate(rest.split(",") if colon else []):
         key, equals, value = (x.strip() for x in part.partition("="))
         if not equals:

@@ -106,7 +106,7 @@ def train(
             if mine["dev"].index(best(mine["dev"])) == len(mine["dev"]) - 1:
                 mine["state"] = trained_state(arm.model)
 
-    setting.live.stage(f"training, seed {seed}, {protocol.epochs} epochs of {per_epoch} steps", total, start=start)
+    setting.live.stage(f"training, seed {seed}, epochs x steps = {protocol.epochs} x {per_epoch}", total, start=start)
     training_mode(arms)
     for index, results in steps(arms, "train", seed, range(start, total), fetch, work, setting):
         for name, result in results.items():

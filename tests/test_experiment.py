@@ -202,6 +202,10 @@ def test_dry_run_writes_nothing(data, tmp_path, capsys):
     "options, error, message",
     [
         (dict(methods=["token_prun"]), UsageError, "token_prun"),
+        (dict(methods=[""]), UsageError, "a method is missing"),
+        (dict(methods=[METHOD + "+"]), UsageError, "a method is missing"),
+        (dict(methods=["token_prune:"]), UsageError, "nothing follows the colon"),
+        (dict(methods=["noop"]), UsageError, "an arm of every run"),
         (dict(methods=["token_prune:kep=0.5"]), UsageError, "kep"),
         (dict(methods=["token_prune:keep=2"]), UsageError, "keep"),
         (dict(methods=["token_prune:at=40"]), UsageError, "block 40 does not exist"),
@@ -231,6 +235,11 @@ def test_weights_that_do_not_fit(data, tmp_path):
     save_file({"a": torch.zeros(1)}, file)
     with pytest.raises(InvalidError, match="do not fit"):
         run(data, tmp_path / "out", weights=file)
+    save_file({"pos_embed": torch.zeros(1, 5, 64), "norm.weight": torch.zeros(7)}, file)
+    with pytest.raises(InvalidError, match=r"norm.weight is \(7,\) in the file, \(64,\) in the model"):
+        run(data, tmp_path / "out", weights=file)
+    with pytest.raises(InvalidError, match="is a folder"):
+        run(data, tmp_path / "out", weights=tmp_path)
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(InvalidError, match="not a readable file of weights"):
         run(data, tmp_path / "out", weights=file)

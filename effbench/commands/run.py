@@ -61,7 +61,7 @@ def run(
         int, typer.Option(min=1, help="Trainings per arm; a claim about quality needs 3.", rich_help_panel=Training)
     ] = 1,
     data_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the training split.", rich_help_panel=Training)
+        float, typer.Option(min=0.001, max=1, help="Share of the training split.", rich_help_panel=Training)
     ] = 1.0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; default: all cores.", rich_help_panel=Timing)

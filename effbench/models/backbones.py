@@ -103,7 +103,7 @@ class Timm(Backbone):
         import timm
 
         if not timm.is_model(name):
-            raise UsageError(f"timm has no model named {name!r}", _closest(name, timm.list_models("*vit*")))
+            raise UsageError(f"timm has no model named {name!r}", _closest(name, timm.list_models()))
         tagged = f"{name}.{pretrained}" if pretrained not in (None, "default") else name
         options = dict(num_classes=0) | ({} if size is None else dict(img_size=size))
         try:
@@ -216,6 +216,7 @@ def load_into(model: nn.Module, path: Path | str, adapt: Callable[[dict, nn.Modu
     state = read_weights(path)
     try:
         state = adapt(state, model)
+        _check_shapes(path, state, model)
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (RuntimeError, KeyError, ValueError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -229,6 +230,18 @@ def load_into(model: nn.Module, path: Path | str, adapt: Callable[[dict, nn.Modu
         )
 
 
+def _check_shapes(path: Path | str, state: dict[str, Tensor], model: nn.Module) -> None:
+    own = model.state_dict()
+    wrong = [key for key in state if key in own and state[key].shape != own[key].shape]
+    if wrong:
+        found, wanted = (tuple(some[wrong[0]].shape) for some in (state, own))
+        raise InvalidError(
+            f"the weights in {path} do not fit {type(model).__name__}: {wrong[0]} is {found} in the file, "
+            f"{wanted} in the model, and {len(wrong) - 1} more differ",
+            _FIT_HINT,
+        )
+
+
 _FIT_HINT = "name the model that the file was saved from with --backbone"
 
 
@@ -239,6 +252,10 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         InvalidError: missing, truncated or not a file of weights.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InvalidError(
+            f"{path} is a folder, not a file of weights", "name the file, or set EFFBENCH_WEIGHTS to the folder"
+        )
     if not path.is_file():
         raise InvalidError(f"no weights file at {path}", "check --weights")
     try:
@@ -248,9 +265,8 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise InvalidError(
-            f"{path} is not a readable file of weights: {reason}",
+            f"{path} is not a readable file of weights ({type(error).__name__} while reading it)",
             "use safetensors, or a file that torch.load(weights_only=True) accepts",
         ) from error
     for key in ("state_dict", "model"):

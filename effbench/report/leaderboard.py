@@ -33,7 +33,7 @@ Written by `effbench leaderboard` from the records in [records](records); do not
   `noop`, a second untouched baseline, is noise.
 - GFLOPs: per image-caption pair at test time, 1 MAC = 2 FLOPs; `+` is the method's own scoring, `≥` a lower bound.
   Tokens: those that enter the first and the last block's MLP. Peak: memory of a test step in a process of its own,
-  libraries not counted.
+  libraries not counted; one measurement, good to some 10 MiB.
 - Train: — where an arm uses the baseline's own weights. Where the image tower is locked its features are computed once;
   that pass is part of the training time, and its FLOPs are spread over the epochs.
 - Lossy-ness: 1 - quality / baseline's quality, with its 95 % interval; negative is better than the baseline.
@@ -71,7 +71,7 @@ def write_leaderboard(root: Path) -> Path:
     except OSError as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        hint = "free some space or choose another --out, then run: effbench leaderboard"
+        hint = "make sure that it is a folder with space left, or choose another --out; then run: effbench leaderboard"
         raise EffbenchError(f"the leaderboard {path} was not written: {error.strerror}", hint) from error
     return path
 

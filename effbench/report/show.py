@@ -22,6 +22,7 @@ WIDE = 130
 
 def print_record(record: Record, console: Console) -> None:
     """Print a run: what was measured, the arms' cost and quality, and what limits the figures (fits 100 columns)."""
+    console.width = max(console.width, 100)  # a narrower table would lose columns; a narrow terminal wraps the lines
     arms = sorted(record.arms, key=lambda arm: ("baseline", "method", "control").index(arm.kind))
     envelope, protocol = record.envelope, record.envelope.protocol
     data = clean(envelope.data) + (" (synthetic)" if envelope.synthetic else "")
@@ -49,7 +50,11 @@ def print_record(record: Record, console: Console) -> None:
             console.print(Text(f"{clean(arm.name)} {arm.status}: {clean(arm.error, None)}", style="red"))
     notes = [*record.notes, *(f"{arm.name}: {note}" for arm in arms for note in arm.notes)]
     notes += [
-        f"{arm.name}: {value.note}" for arm in arms if (value := arm.metrics.get(record.primary_metric)) and value.note
+        f"{arm.name}: {value.note}"
+        for arm in arms
+        if (value := arm.metrics.get(record.primary_metric))
+        and value.note
+        and (value.lossiness or arm.kind == "baseline")
     ]
     for note in dict.fromkeys(notes):
         console.print(Text(f"- {clean(note, None)}", style="dim"))
