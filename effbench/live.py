@@ -6,6 +6,7 @@ the screen changes only inside `advance` and the other calls, at most four times
 
 from __future__ import annotations
 
+import textwrap
 import time
 from types import TracebackType
 
@@ -21,6 +22,7 @@ from effbench.report.markdown import clean
 
 REFRESH_S = 0.25
 PLAIN_S = 10.0
+PLAIN_WIDTH = 96  # of a banner outside a terminal
 #: share of the time that drawing may take; a slow terminal is refreshed less often
 MAX_SHARE = 0.01
 Arms = dict[str, dict[str, float | str]]
@@ -61,6 +63,7 @@ class Live:
                 Panel(body, title=Text(title, "bold"), border_style="yellow", box=box.HEAVY, padding=(1, 2))
             )
             return
+        lines = [part for line in lines for part in textwrap.wrap(line, PLAIN_WIDTH, break_long_words=False)]
         width = max(len(_ascii(line)) for line in (title, *lines))
         framed = [f"# {_ascii(line):{width}} #" for line in (title, "", *lines)]
         edge = "#" * (width + 4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -205,8 +205,3 @@ class Record(Model):
     def baseline(self) -> Arm:
         """The baseline arm (a record always has one)."""
         return next(arm for arm in self.arms if arm.kind == "baseline")
-
-
-def as_json(record: Record) -> dict[str, Any]:
-    """The record as plain JSON values."""
-    return record.model_dump(mode="json")

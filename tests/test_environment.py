@@ -1,6 +1,5 @@
 """The machine, the software and the clock."""
 
-import itertools
 import subprocess
 import sys
 
@@ -8,7 +7,7 @@ import pytest
 
 from effbench.errors import InvalidError
 from effbench.measure import environment
-from effbench.measure.clock import Clock, span
+from effbench.measure.clock import Clock
 
 
 def test_imports_no_torch():
@@ -44,18 +43,3 @@ def test_a_broken_clock_is_an_error(ticks):
     reading = iter(ticks)
     with pytest.raises(InvalidError, match="clock"):
         Clock(timer=lambda: next(reading)).timed(lambda: None)
-
-
-def test_spans_add_up_without_what_is_nested():
-    seconds_passed = itertools.count()
-    with Clock(timer=lambda: float(next(seconds_passed))).spans() as seconds:
-        with span("image_tower"):  # 0 to 3
-            with span("overhead"):  # 1 to 2
-                pass
-        with span("image_tower"):  # 4 to 5
-            pass
-    assert seconds == {"overhead": 1.0, "image_tower": 3.0}
-
-
-def test_a_span_makes_nothing_when_nobody_records():
-    assert span("image_tower") is span("backward")

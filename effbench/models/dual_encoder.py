@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEADS = ("cosine", "sigmoid", "bilinear")
-
 
 class TimmFeatures(nn.Module):
     """Features of a timm tower: class token and mean of the patch tokens, or its own pooling without a class token.
