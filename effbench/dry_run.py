@@ -44,7 +44,7 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
     task, protocol, sizes = experiment.task, experiment.protocol, experiment.sizes
     few = min(protocol.timing_batch, sizes["test"])
     rows, total = [], 0.0
-    trains = experiment.training_plans() if experiment.trains else []
+    trains = {arm.name: arm for arm in experiment.training_arms(protocol.seeds[0])} if experiment.trains else {}
     for plan in experiment.plans:
         randomness.seed_all(0)
         model = testing_model(plan, task, experiment.recipe, experiment.backbone, protocol, {}, None)
@@ -55,9 +55,9 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
             testing = _seconds(lambda model=model, batch=whole: task.predict(model, batch))
         testing *= len(protocol.seeds) * sizes["test"] / few
         timing = step * (protocol.timing_pairs + WARMUP if protocol.timing_pairs else 0)
-        training = _training(experiment, plan.name, step / few) if plan in trains else 0.0
+        training = _training(experiment, trains[plan.name], step / few) if plan.name in trains else 0.0
         total += testing + timing + training
-        own = "itself" if plan in trains else "baseline" if trains else "nobody"
+        own = "itself" if plan.name in trains else "baseline" if trains else "nobody"
         rows.append(
             [
                 plan.name,
@@ -80,14 +80,11 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
     return header, rows, lines
 
 
-def _training(experiment: Experiment, name: str, per_image: float) -> float:
+def _training(experiment: Experiment, arm: Arm, per_image: float) -> float:
     """Seconds of training, from one step; of the feature pass, from the test step's time per image."""
-    from effbench.experiment import trains_within
-
     task, protocol, sizes = experiment.task, experiment.protocol, experiment.sizes
-    arm: Arm = next(arm for arm in experiment.training_arms(protocol.seeds[0]) if arm.name == name)
     size = min(protocol.batch_size, sizes["train"])
-    cached = protocol.train == "locked" and not trains_within(arm)
+    cached = experiment.caches_features(arm)
     probe = size if cached else min(size, protocol.timing_batch)
     rng = np.random.default_rng(0)
     batch = _random_batch(experiment, "train", 2 if cached else probe, rng)

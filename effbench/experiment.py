@@ -272,7 +272,12 @@ class Experiment:
 
     def _cached_arms(self) -> list[Arm]:
         """The arms whose frozen tower's features can be computed once."""
-        return [arm for arm in self.training_arms(self.protocol.seeds[0]) if not trains_within(arm)]
+        return [arm for arm in self.training_arms(self.protocol.seeds[0]) if self.caches_features(arm)]
+
+    def caches_features(self, arm: Arm) -> bool:
+        """Whether the tower is frozen and nothing inside it is trained, so that its features are computed once."""
+        frozen = (p for module in arm.frozen for p in module.parameters())
+        return self.protocol.train == "locked" and not any(p.requires_grad for p in frozen)
 
     def training_arms(self, seed: int) -> list[Arm]:
         """The arms that train weights of their own, freshly built under a seed."""
@@ -368,11 +373,6 @@ class Journal:
 def run_id(created: datetime, task: str, digest: str) -> str:
     """Name of a record: when, what, and of which experiment."""
     return f"{created:%Y%m%d-%H%M%S}-{task}-{digest[:8]}"
-
-
-def trains_within(arm: Arm) -> bool:
-    """Whether something inside a frozen module is trained, so that its features cannot be computed once."""
-    return any(p.requires_grad for module in arm.frozen for p in module.parameters())
 
 
 def _protocol(values: dict[str, Any], **more: Any) -> Protocol:

@@ -187,13 +187,12 @@ def _structure(experiment: Experiment, arm: Arm, training: Arm | None) -> dict[s
 
 def _training_flops(experiment: Experiment, arm: Arm) -> records.Flops:
     """Of one training step per pair; a feature pass that is done once is spread over the epochs."""
-    from effbench.experiment import trains_within
     from effbench.training import training_mode
 
     task, protocol = experiment.task, experiment.protocol
     pairs = 2
     batch = task.batch(experiment.prepared, "train", np.arange(pairs), np.random.default_rng(0))
-    cached = protocol.train == "locked" and not trains_within(arm)
+    cached = experiment.caches_features(arm)
     dense = overhead = 0.0
     training_mode([arm])
     parts = []
