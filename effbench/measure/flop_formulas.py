@@ -147,6 +147,11 @@ def native_encoder_layer(
     return native_attention(x, x, x, width) + 4 * x.shape[0] * x.shape[1] * hidden.numel()
 
 
+def packed_linear(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    """(..., in) -> (..., out) with weights that are packed (int8, int4 or float16) but computed with as numbers."""
+    return 2 * out_val.numel() * x.shape[-1]
+
+
 def recurrent(x: Tensor, *weights: Any, **_: Any) -> int:
     """A recurrent layer: every weight matrix once per step and sequence, (time, batch, width) or packed."""
     matrices = [w for w in (weights[0] if isinstance(weights[0], (list, tuple)) else weights[:2]) if w.ndim > 1]
@@ -164,6 +169,7 @@ FORMULAS: dict[Any, Formula] = {
     aten.addbmm: added_matrix_product,
     aten.addmv: added_matrix_product,
     aten._addmm_activation: added_matrix_product,
+    aten._int_mm: matrix_product,
     aten.convolution: convolution,
     aten._convolution: convolution,
     aten.convolution_overrideable: convolution,
@@ -206,6 +212,18 @@ FORMULAS |= {
     in ("_flash_attention_backward", "_efficient_attention_backward", "flex_attention_backward")
 }
 
+FORMULAS |= {
+    getattr(aten, name): packed_linear
+    for name in (
+        "_weight_int8pack_mm",
+        "_weight_int4pack_mm",
+        "_weight_int4pack_mm_for_cpu",
+        "_weight_int4pack_mm_with_scales_and_zeros",
+    )
+    if hasattr(aten, name)
+}
+PACKED_LINEAR = re.compile(r"(quantized|onednn)::linear_(relu_)?dynamic_fp16|quantized::int4mm_packed_weight_cpu")
+
 # Namespaces of torch's own libraries: an operation of theirs does matrix-like work only if a word of its name says so.
 KNOWN = set(
     "aten prim prims debugprims rngprims quantized _quantized quantized_decomposed mkl mkldnn onednn sparse "
@@ -227,6 +245,8 @@ def formula_of(func: Any) -> Formula | None:
     """The formula of a dispatched operation; it takes the operation's arguments and `out_val`, its result."""
     packet = getattr(func, "_overloadpacket", func)
     formula = FORMULAS.get(packet) or flop_registry.get(packet)
+    if isinstance(func, torch._ops.OpOverload) and PACKED_LINEAR.fullmatch(func._schema.name):
+        return packed_linear
     if formula is None and str(packet).startswith("aten.") and str(packet).endswith("_"):
         return FORMULAS.get(getattr(aten, str(packet)[5:-1], None))
     return formula

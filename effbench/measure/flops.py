@@ -1,20 +1,21 @@
 """FLOPs as they are dispatched: every matrix product that really runs, from the shapes that it really has.
 
 Counted are convolutions, linear layers, matrix products, attention's two products and bilinear layers, multiply and
-add apart (1 MAC = 2 FLOPs); elementwise work, norms and softmax count 0. A masked product counts as its dense kernel
-computes it. What a backward pass recomputes inside a fused attention kernel is not counted: attention's gradient is
-four products, twice its forward.
+add apart (1 MAC = 2 FLOPs); elementwise work, norms, softmax and embeddings count 0. Three kinds are kept apart: dense
+(floating point, as dense kernels do it), useful (of dense, what attention masks leave) and low-bit (products of
+integers). What a backward pass recomputes inside a fused attention kernel is not counted: attention's gradient is four
+products, twice its forward.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 from effbench.errors import UsageError
 from effbench.measure.flop_formulas import formula_of, hides_work
+from effbench.measure.flop_layers import Layers
+from effbench.measure.flop_low_bit import low_bit
+from effbench.measure.flop_masks import SDPA, Attend, attention_calls, flex_share
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,20 @@ class FlopCount:
     """What one call cost, over its whole batch.
 
     Args:
-        dense_flops: FLOPs of the model, as dense kernels do them.
+        dense_flops: FLOPs of the model in floating point, as dense kernels do them; weight-only quantisation included.
         macs: dense_flops // 2.
         overhead_flops: FLOPs of a method's own scoring and matching; not within dense_flops.
         by_layer: FLOPs by the name of the innermost module that they ran in (that of `model.named_modules()`; "" is
-            the model itself and whatever ran outside its layers). They add up to dense_flops + overhead_flops.
-        complete: False where an operation without a formula was seen: then dense_flops is a lower bound.
+            the model itself and whatever ran outside its layers), an integer MAC as two. They add up to dense_flops +
+            overhead_flops + 2 x low_bit_macs.
+        complete: False where an operation without a formula was seen: then all counts are lower bounds.
         unknown_ops: the names of those operations.
+        useful_flops: of dense_flops, what causal flags, boolean and -inf masks and FlexAttention's block masks leave of
+            scaled_dot_product_attention, exactly. A mask on "meta" has no values and is taken to keep everything;
+            attention that is written out as matrix products masks nothing that this could see.
+        low_bit_ops: bit operations of the products of integers: MACs x weight bits x activation bits.
+        low_bit_macs: their MACs; not within dense_flops.
+        overhead_by_layer: of by_layer, what is overhead.
     """
 
     dense_flops: int
@@ -46,10 +57,14 @@ class FlopCount:
     by_layer: dict[str, int]
     complete: bool
     unknown_ops: tuple[str, ...]
+    useful_flops: int = 0
+    low_bit_ops: int = 0
+    low_bit_macs: int = 0
+    overhead_by_layer: dict[str, int] = field(default_factory=dict)
 
 
 def flops(model: nn.Module, *inputs: Any, train: bool = False, **kwargs: Any) -> FlopCount:
-    """Count the FLOPs of `model(*inputs, **kwargs)`.
+    """Count the FLOPs of `model(*inputs, **kwargs)`: dense, useful, low-bit and a method's overhead.
 
     The model runs once, on its own device (a model and inputs on "meta" cost no time). Its mode, gradients and buffers
     and torch's random state are as before afterwards.
@@ -62,7 +77,8 @@ def flops(model: nn.Module, *inputs: Any, train: bool = False, **kwargs: Any) ->
         kwargs: further arguments of its forward.
 
     Returns:
-        FLOPs of the whole batch: divide by the batch size for those of one image.
+        The counts of the whole batch: divide by the batch size for those of one image. `complete=False` marks lower
+        bounds, and `unknown_ops` names why.
 
     Raises:
         UsageError: `model` is no module, or with train=True nothing requires a gradient.
@@ -101,18 +117,27 @@ def flops_of(function: Callable[[], object], model: nn.Module | None = None) -> 
     Example:
         >>> flops_of(lambda: loss(model(images)).backward(), model).dense_flops
     """
-    layers = _Layers(model)
-    counts = _Counter(layers)
+    layers = Layers(model)
     with ExitStack() as stack:
         stack.enter_context(_state_kept(model))
         stack.enter_context(_visible())
         stack.enter_context(layers)
-        stack.enter_context(counts)
+        attend = stack.enter_context(attention_calls(layers.masked))
+        counts = stack.enter_context(_Counter(layers, attend))
         function()
-    total, overhead = sum(counts.by_layer.values()), sum(counts.overhead.values())
-    dense = total - overhead
-    unknown = tuple(sorted(counts.unknown))
-    return FlopCount(dense, dense // 2, overhead, dict(counts.by_layer), not unknown, unknown)
+    dense = sum((counts.by_layer - counts.overhead).values()) - 2 * counts.low_bit_macs
+    return FlopCount(
+        dense_flops=dense,
+        macs=dense // 2,
+        overhead_flops=sum(counts.overhead.values()),
+        by_layer=dict(counts.by_layer),
+        complete=not counts.unknown,
+        unknown_ops=tuple(sorted(counts.unknown)),
+        useful_flops=dense - counts.masked,
+        low_bit_ops=counts.low_bit_ops,
+        low_bit_macs=counts.low_bit_macs,
+        overhead_by_layer=dict(counts.overhead),
+    )
 
 
 class _Counter(TorchDispatchMode):
@@ -120,11 +145,15 @@ class _Counter(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, layers: _Layers) -> None:
+    def __init__(self, layers: Layers, attend: Attend) -> None:
         super().__init__()
         self.layers = layers
+        self.attend = attend
         self.by_layer: Counter[str] = Counter()
         self.overhead: Counter[str] = Counter()
+        self.masked = 0
+        self.low_bit_ops = 0
+        self.low_bit_macs = 0
         self.unknown: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -134,81 +163,38 @@ class _Counter(TorchDispatchMode):
             if formula is not None or hides_work(func):
                 self.unknown.add(f"{func} on nested tensors")
             return func(*args, **kwargs)
+        if func is SDPA:
+            with self:
+                return self.attend(*args, **kwargs)
         if formula is None and isinstance(func, torch._ops.OpOverload):
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
         out = func(*args, **kwargs)
-        if formula is not None:
-            self.add(int(formula(*args, **kwargs, out_val=out)))
+        if integers := low_bit(func, formula, args, kwargs, out):
+            self.add_low_bit(*integers)
+        elif formula is not None:
+            kept = flex_share(args) if "flex_attention" in str(func) else None
+            self.add(int(formula(*args, **kwargs, out_val=out)), kept)
         elif hides_work(func):
             self.unknown.add(str(func))
         return out
 
-    def add(self, count: int) -> None:
+    def add(self, count: int, kept: Fraction | None = None) -> None:
         if count:
-            name, is_overhead = self.layers.current()
-            self.by_layer[name] += count
-            if is_overhead:
-                self.overhead[name] += count
+            place = self.layers.current()
+            self.by_layer[place.layer] += count
+            if place.is_overhead:
+                self.overhead[place.layer] += count
+            else:
+                self.masked += count - int(count * (place.kept if kept is None else kept))
 
-
-class _Layers:
-    """Which layer is running: in a forward pass the innermost module, in a backward pass the one that made the node.
-
-    Autograd numbers its nodes in the order of the forward pass. The number at which each module is entered and left is
-    noted, so a node's number leads back to its module.
-    """
-
-    OUTSIDE = ("", False)
-
-    def __init__(self, model: nn.Module | None) -> None:
-        self.names: dict[nn.Module, str] = {}
-        if model is not None:
-            self.names.update((module, name) for name, module in model.named_modules())
-        self.stack = [self.OUTSIDE]
-        self.numbers = [-1]
-        self.layers = [self.OUTSIDE]
-
-    def current(self) -> tuple[str, bool]:
-        """Name of the layer, and whether it is a method's overhead."""
-        node = torch._C._current_autograd_node()
-        if node is None or len(self.stack) > 1:
-            return self.stack[-1]
-        return self.layers[bisect_right(self.numbers, node._sequence_nr()) - 1]
-
-    def note(self) -> None:
-        number = torch._C._autograd._get_sequence_nr()
-        if self.numbers[-1] == number:
-            self.layers[-1] = self.stack[-1]
-        else:
-            self.numbers.append(number)
-            self.layers.append(self.stack[-1])
-
-    def entered(self, module: nn.Module, _inputs: Any) -> None:
-        if module not in self.names:
-            for name, child in module.named_modules(prefix=type(module).__name__):
-                self.names.setdefault(child, name)
-        is_overhead = self.stack[-1][1] or bool(getattr(type(module), "is_overhead", False))
-        self.stack.append((self.names[module], is_overhead))
-        self.note()
-
-    def left(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
-        self.stack.pop()
-        self.note()
-
-    def __enter__(self) -> _Layers:
-        modules = torch.nn.modules.module
-        self.hooks = (
-            modules.register_module_forward_pre_hook(self.entered),
-            modules.register_module_forward_hook(self.left, always_call=True),
-        )
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
+    def add_low_bit(self, macs: int, bits: int) -> None:
+        self.add(2 * macs, Fraction(1))
+        if not self.layers.current().is_overhead:
+            self.low_bit_macs += macs
+            self.low_bit_ops += macs * bits
 
 
 def _backward(outputs: Any) -> None:
@@ -228,7 +214,7 @@ def _visible() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
-        if "torch._dynamo" in sys.modules:
+        if {"torch._dynamo", "torch.nn.attention.flex_attention"} & sys.modules.keys():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             yield

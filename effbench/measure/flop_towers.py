@@ -1,0 +1,184 @@
+"""FLOPs of a backbone's towers, with and without methods: what `effbench flops` shows."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from effbench.errors import UsageError
+from effbench.measure.analytic import AnalyticCount, analytic, disagreement
+from effbench.measure.flops import FlopCount, flops
+from effbench.method import Method, TrainingPlan
+from effbench.models.choose import choose
+from effbench.models.tower import view
+
+
+@dataclass(frozen=True)
+class TowerFlops:
+    """One tower's cost over the batch.
+
+    Args:
+        count: as dispatched.
+        formulas: as the layers' formulas say.
+        disagreement: one sentence where the two differ by more than 1 %, else "".
+        parameters: their number.
+    """
+
+    count: FlopCount
+    formulas: AnalyticCount
+    disagreement: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is counted.
+
+    Args:
+        backbone: FAMILY:NAME.
+        weights: a file; "random" for none, which is enough where a method does not look at weights.
+        image_size: side in pixels; None for the backbone's own.
+        batch: images, and texts.
+        train: a forward and a backward pass in training mode; else a forward pass.
+    """
+
+    backbone: str
+    weights: Path | str = "random"
+    image_size: int | None = None
+    batch: int = 1
+    train: bool = False
+
+
+def count_towers(request: Request, methods: tuple[Method, ...] = ()) -> dict[str, TowerFlops]:
+    """Count a backbone's towers, "image" and, where it brings one, "text" (at its context length).
+
+    Tensors without values stand in for images, texts and weights where the model allows it; else it really runs.
+
+    Args:
+        methods: a stack; with `request.train` only those that act while training.
+
+    Raises:
+        UsageError: an unknown backbone, or a method that does not fit it.
+        InvalidError: the weights are missing or do not fit.
+    """
+    found = {}
+    for name, (tower, inputs) in _built(request, methods).items():
+        try:
+            found[name] = _count(tower, inputs, request.train, without_values=True)
+        except (RuntimeError, ValueError, AssertionError):  # values decide what runs, or a kernel needs them
+            found[name] = _run(name, *_built(request, methods)[name], request.train)
+    return found
+
+
+def total(towers: dict[str, TowerFlops]) -> FlopCount:
+    """All towers together; layers are named TOWER.LAYER."""
+    counts = {name: tower.count for name, tower in towers.items()}
+    fields = ("dense_flops", "macs", "overhead_flops", "useful_flops", "low_bit_ops", "low_bit_macs")
+
+    def merged(field: str) -> dict[str, int]:
+        return {f"{tower}.{layer}": n for tower, count in counts.items() for layer, n in getattr(count, field).items()}
+
+    return FlopCount(
+        **{field: sum(getattr(count, field) for count in counts.values()) for field in fields},
+        by_layer=merged("by_layer"),
+        overhead_by_layer=merged("overhead_by_layer"),
+        complete=all(count.complete for count in counts.values()),
+        unknown_ops=tuple(sorted({op for count in counts.values() for op in count.unknown_ops})),
+    )
+
+
+def work(count: FlopCount) -> int:
+    """Everything that is computed, a product of integers as if it were floating-point."""
+    return count.dense_flops + count.overhead_flops + 2 * count.low_bit_macs
+
+
+def _built(request: Request, methods: tuple[Method, ...]) -> dict[str, tuple[nn.Module, Tensor]]:
+    """The library's own model, edited: its towers with their inputs."""
+    with _QuickInitialisation() if request.weights == "random" else nullcontext():
+        try:
+            backbone, _ = choose(request.backbone, request.weights, image_size=request.image_size, single_use=True)
+        except (AssertionError, ValueError) as error:
+            raise UsageError(f"{request.backbone} cannot be made: {error}", "choose another --image-size") from error
+        model = backbone.reference
+        classes = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+        if classes and hasattr(model, "reset_classifier"):  # timm's classifier, which a dual encoder leaves out
+            model.reset_classifier(classes)
+    with torch.random.fork_rng(devices=[]):
+        _edit(model, methods, request.train)
+    side = backbone.image_size
+    towers = {"image": (getattr(model, "visual", model), torch.zeros(request.batch, 3, side, side))}
+    if backbone.has_text:
+        context = getattr(model, "context_length", None) or model.text.context_length
+        towers["text"] = (model.text, torch.zeros(request.batch, context, dtype=torch.long))
+    return towers
+
+
+def _edit(model: nn.Module, methods: tuple[Method, ...], train: bool) -> None:
+    acting = [method for method in methods if not train or method.phase != "test"]
+    if not acting:
+        return
+    seen = view(model)
+    for method in acting:
+        method.edit_model(seen)
+    if not train:
+        for method in acting:
+            method.finish(seen, None)
+        return
+    plan = TrainingPlan(seen, [], [])
+    for method in acting:
+        method.edit_training(plan)
+    for modules, trained in ((plan.frozen, False), (plan.trained, True)):
+        for module in modules:
+            module.requires_grad_(trained)
+
+
+def _run(name: str, tower: nn.Module, inputs: Tensor, train: bool) -> TowerFlops:
+    try:
+        return _count(tower, inputs, train, without_values=False)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"the {name} tower cannot run on a batch of {len(inputs)}: {reason}", "try another --image-size or --batch"
+        ) from error
+
+
+def _count(tower: nn.Module, inputs: Tensor, train: bool, without_values: bool) -> TowerFlops:
+    train = train and any(parameter.requires_grad for parameter in tower.parameters())
+    masks: list[tuple[nn.Module, str, Tensor]] = []
+    if without_values:
+        masks = [(m, name, b) for m in tower.modules() for name, b in m._buffers.items() if b is not None and _masks(b)]
+        tower, inputs = tower.to("meta"), inputs.to("meta")
+    formulas = analytic(tower, inputs, train=train)
+    for owner, name, mask in masks:  # what is useful depends on their values
+        owner._buffers[name] = mask
+    count = flops(tower, inputs, train=train)
+    parameters = sum(parameter.numel() for parameter in tower.parameters())
+    return TowerFlops(count, formulas, disagreement(count, formulas), parameters)
+
+
+def _masks(buffer: Tensor) -> bool:
+    """Whether a buffer is an attention mask: boolean, or with -inf."""
+    return buffer.dtype == torch.bool or buffer.is_floating_point() and bool(torch.isneginf(buffer).any())
+
+
+class _QuickInitialisation(TorchFunctionMode):
+    """Zeros instead of random numbers: FLOPs do not depend on them, and drawing them for a ViT-L takes seconds."""
+
+    RANDOM = {f"{kind}{shape}_" for kind in ("", "kaiming_", "xavier_") for shape in ("normal", "uniform")}
+    RANDOM |= {"trunc_normal_", "orthogonal_"}
+    SHAPING = ("erfinv_", "mul_", "add_", "clamp_")  # what makes other distributions of uniform numbers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self.RANDOM:
+            with torch.no_grad():
+                return (args[0] if args else kwargs["tensor"]).zero_()
+        if name in self.SHAPING and isinstance(args[0], nn.Parameter):
+            return args[0]
+        return func(*args, **(kwargs or {}))
