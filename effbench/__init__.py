@@ -15,7 +15,7 @@ from effbench.apply import apply
 
 __all__ = ["apply", "flops", "load", "run"]
 
-_LAZY = {"flops": "effbench.measure.flops", "load": "effbench.store", "run": "effbench.experiment"}
+_LAZY = {"flops": "effbench.measure.flops", "load": "effbench.store", "run": "effbench.start"}
 
 
 def __getattr__(name: str) -> Any:

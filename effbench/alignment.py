@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from effbench.distributed import gathered
 from effbench.errors import InvalidError
 from effbench.models.dual_encoder import DualEncoder
 from effbench.pixels import pixels
@@ -96,7 +97,7 @@ class Alignment(Task):
         return batch
 
     def loss(self, model: DualEncoder, batch: dict[str, Tensor]) -> Tensor:
-        return model.loss(self._images(model, batch), model.embed_texts(batch["tokens"]))
+        return model.loss(gathered(self._images(model, batch)), gathered(model.embed_texts(batch["tokens"])))
 
     def predict(self, model: DualEncoder, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"image": self._images(model, batch), "text": model.embed_texts(batch["tokens"])}
@@ -117,6 +118,16 @@ class Alignment(Task):
         t2i, i2t = ranks(outputs["image"], outputs["text"], torch.from_numpy(owner))
         return {"t2i_rank": Items(t2i.numpy(), owner), "i2t_rank": Items(i2t.numpy(), np.arange(len(i2t)))}
 
+    def agreement(self, prepared, split, baseline, outputs):
+        owner = prepared.owner(split)
+        each = np.arange(len(prepared.first[split]) - 1)
+        found = {}
+        for way, query, gallery, group in (("t2i", "text", "image", owner), ("i2t", "image", "text", each)):
+            best = [best_answers(of[query], of[gallery], 10) for of in (baseline, outputs)]
+            found[f"{way}_top1"] = Items((best[0][:, 0] == best[1][:, 0]).float().numpy(), group)
+            found[f"{way}_overlap10"] = Items(overlap(*best).numpy(), group)
+        return found
+
     def metrics(self, prepared: Prepared, split: str) -> list[Metric]:
         images, captions = len(prepared.first[split]) - 1, len(prepared.tokens[split])
         right_of_image = max(1, round(captions / images))
@@ -132,6 +143,16 @@ class Alignment(Task):
 
     def parts(self, model: DualEncoder) -> dict[str, nn.Module]:
         return {"image": model.image_encoder, "text": model.text_encoder}
+
+
+def best_answers(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
+    """Indices of each query's k best answers, best first, (queries, at most k); embeddings are (items, width)."""
+    return (queries.float() @ gallery.float().T).topk(min(k, len(gallery)), dim=1).indices
+
+
+def overlap(one: Tensor, other: Tensor) -> Tensor:
+    """Share of the answers (queries, k) that both lists hold, whatever their order: (queries,)."""
+    return (one[:, :, None] == other[:, None, :]).any(dim=2).float().mean(dim=1)
 
 
 def _recall(rank: np.ndarray, k: int) -> np.ndarray:

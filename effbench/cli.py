@@ -12,7 +12,10 @@ from typing import Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
+from effbench.commands.calibrate import calibrate
 from effbench.commands.data import check, get
+from effbench.commands.flops import flops
+from effbench.commands.gate import gate
 from effbench.commands.run import exit_code, run
 from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.terminal import console, say, say_error
@@ -68,8 +71,26 @@ app.command(
         "effbench run --method token_prune:keep=0.5,at=3/6/9 --method token_merge --seeds 3",
         "effbench run --method token_prune --backbone timm:deit_tiny_patch16_224 --weights deit.safetensors",
         "effbench run --method token_prune --task scenes --dry-run",
+        "effbench run --preset course-report",
     )
 )(run)
+app.command(
+    epilog=_examples(
+        "effbench flops timm:deit_tiny_patch16_224",
+        "effbench flops openclip:ViT-B-32 --batch 8 --layers",
+        "effbench flops timm:vit_base_patch16_224 --method token_prune:keep=0.5 --json",
+        "effbench flops timm:deit_small_patch16_224 --train",
+    )
+)(flops)
+app.command(
+    epilog=_examples("effbench calibrate", "effbench calibrate --trials 300 --slower-trials 40 --loaded-trials 5")
+)(calibrate)
+app.command(
+    epilog=_examples(
+        "effbench gate --reference tests/reference/scenes",
+        "effbench gate --reference 20260102-scenes latest --out results",
+    )
+)(gate)
 data.command(epilog=_examples("effbench data get flickr8k", "effbench data get flickr8k --to /data/flickr8k"))(get)
 data.command(epilog=_examples("effbench data check flickr8k", "effbench data check flickr8k --data PATH"))(check)
 
@@ -106,12 +127,13 @@ def show(
 )
 def list_(
     kind: Annotated[
-        Literal["methods", "tasks", "backbones", "runs"] | None, typer.Argument(help="Default: all but runs.")
+        Literal["methods", "tasks", "backbones", "presets", "runs"] | None,
+        typer.Argument(help="Default: all but runs."),
     ] = None,
     name: Annotated[str | None, typer.Argument(help="One of them, in detail: a method's parameters.")] = None,
     out: Out = Path("leaderboard"),
 ) -> None:
-    """List methods, tasks and backbones, built-in or from plugins, or the runs."""
+    """List methods, tasks, backbones and presets, built-in or from plugins, or the runs."""
     from effbench import listing
 
     if kind == "runs":
@@ -119,7 +141,7 @@ def list_(
     elif name is not None:
         listing.detail(kind, name, console())
     else:
-        for each in [kind] if kind else ["methods", "tasks", "backbones"]:
+        for each in [kind] if kind else ["methods", "tasks", "backbones", "presets"]:
             listing.plugins(each, console())
 
 

@@ -14,7 +14,9 @@ from rich.text import Text
 
 from effbench.datasets import cache_dir, resolve
 from effbench.errors import EffbenchError
+from effbench.measure.energy import meter
 from effbench.measure.environment import cores, device_model
+from effbench.measure.machine import machine
 from effbench.registry import backbones, methods, tasks
 from effbench.terminal import plain
 
@@ -57,9 +59,12 @@ def _software() -> list[tuple[str, str]]:
 
 def _machine() -> list[tuple[str, str]]:
     lines = [(GOOD, f"{platform.platform()}"), (GOOD, f"cpu: {device_model()}")]
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        lines.append((GOOD, f"memory: {memory / 2**30:.1f} GiB"))
+    facts = machine()
+    shown = ("memory", "frequency", "turbo", "limits", "virtual", "container")
+    lines += [(GOOD, f"{name}: {facts[name]}") for name in shown if name in facts]
+    if governor := facts.get("governor"):
+        slow = governor != "performance"
+        lines.append((NOTE if slow else GOOD, f"governor: {governor}" + "; timings may be noisy" * slow))
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * cores():
         lines.append((NOTE, f"load average {os.getloadavg()[0]:.1f} on {cores()} cores: timings will be noisy"))
     try:
@@ -69,6 +74,21 @@ def _machine() -> list[tuple[str, str]]:
     count = torch.cuda.device_count()
     lines += [(GOOD, f"cuda:{i}: {device_model(f'cuda:{i}')}") for i in range(count)]
     return lines if count else [*lines, (GOOD, "no GPU that torch can use")]
+
+
+def _measuring() -> list[tuple[str, str]]:
+    try:
+        import torch
+
+        from effbench.measure.memory import unmeasurable
+    except Exception as error:
+        return [(BAD, f"nothing can be measured: {error}")]
+    why = unmeasurable()
+    lines = [(NOTE, why) if why else (GOOD, "peak memory: each arm in a fresh process")]
+    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        found, why = meter(device)
+        lines.append((GOOD, f"energy of {device}: {found.source}") if found else (NOTE, why))
+    return lines
 
 
 def _plugins() -> list[tuple[str, str]]:
@@ -120,6 +140,7 @@ def _cache() -> list[tuple[str, str]]:
 LOOKS = {
     "software": _software,
     "machine": _machine,
+    "measuring": _measuring,
     "plugins": _plugins,
     "data": _data,
     "weights": _weights,

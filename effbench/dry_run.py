@@ -14,10 +14,11 @@ from rich.text import Text
 
 from effbench import randomness
 from effbench.arms import testing_model
+from effbench.engine import optimiser
 from effbench.lockstep import Arm, Batch
 from effbench.measure.memory import process_peak, weight_bytes
-from effbench.passes import WARMUP
-from effbench.training import optimiser, training_mode
+from effbench.timing import WARMUP
+from effbench.training import training_mode
 
 if TYPE_CHECKING:
     from effbench.experiment import Experiment
@@ -48,13 +49,15 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
     for plan in experiment.plans:
         randomness.seed_all(0)
         model = testing_model(plan, task, experiment.recipe, experiment.backbone, protocol, {}, None)
+        model = model.to(protocol.device)
         rng = np.random.default_rng(0)
         with torch.inference_mode():
             pair, whole = (_random_batch(experiment, "test", few, drawn) for drawn in (rng, None))
             step = _seconds(lambda model=model, batch=pair: task.predict(model, batch))
             testing = _seconds(lambda model=model, batch=whole: task.predict(model, batch))
         testing *= len(protocol.seeds) * sizes["test"] / few
-        timing = step * (protocol.timing_pairs + WARMUP if protocol.timing_pairs else 0)
+        images = sum(experiment.batches)
+        timing = step / few * images * (protocol.timing_pairs + WARMUP)
         training = _training(experiment, trains[plan.name], step / few) if plan.name in trains else 0.0
         total += testing + timing + training
         own = "itself" if plan.name in trains else "baseline" if trains else "nobody"
@@ -92,7 +95,7 @@ def _training(experiment: Experiment, arm: Arm, per_image: float) -> float:
         with torch.no_grad():
             features = task.frozen_features(arm.model, batch["image"])
         tokens = task.batch(experiment.prepared, "train", np.arange(probe), rng, pixels=False)
-        batch = tokens | dict(features=features.repeat(probe // 2 + 1, 1)[:probe])
+        batch = experiment.setting.to_device(tokens) | dict(features=features.repeat(probe // 2 + 1, 1)[:probe])
     training_mode([arm])
     adam = optimiser(arm.model, protocol)
 

@@ -15,7 +15,12 @@ from effbench.terminal import plain
 if TYPE_CHECKING:
     from rich.console import Console
 
-REGISTRIES = {"methods": registry.methods, "tasks": registry.tasks, "backbones": registry.backbones}
+REGISTRIES = {
+    "methods": registry.methods,
+    "tasks": registry.tasks,
+    "backbones": registry.backbones,
+    "presets": registry.presets,
+}
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -26,7 +31,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def plugins(kind: str, console: Console) -> None:
-    """Name, summary and origin of all methods, tasks or backbones, and what is wrong with one where that is known."""
+    """Name, summary and origin of all plugins of a kind, and what is wrong with one where that is known."""
     table = _table(f"{kind}", "name", "summary", "from")
     table.columns[0].no_wrap = True
     entries = REGISTRIES[kind].entries()

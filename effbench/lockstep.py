@@ -8,8 +8,8 @@ with bit-equal results.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from effbench import randomness
 from effbench.arms import ArmPlan
 from effbench.errors import EffbenchError
 from effbench.measure.clock import Clock
+from effbench.measure.split import Split
 from effbench.records import Protocol
 from effbench.task import Task
 
@@ -41,6 +42,7 @@ class Arm:
         frozen, trained: see `effbench.method.TrainingPlan`.
         error: why it FAILED; empty while it runs.
         features: by split, outputs of the frozen tower (images, width), where they are computed once.
+        split: marks where a step's time goes (see `effbench.measure.split`); None where nobody asks.
     """
 
     plan: ArmPlan
@@ -50,6 +52,7 @@ class Arm:
     trained: list[nn.Module] = field(default_factory=list)
     error: str = ""
     features: dict[str, Tensor] = field(default_factory=dict)
+    split: Split | None = None
 
     @property
     def name(self) -> str:
@@ -63,6 +66,7 @@ class Setting:
     Args:
         rows: samples, appended to (see `effbench.samples`).
         live: shows progress (see `effbench.live`).
+        meter: reads the energy used (see `effbench.measure.energy`); None where it cannot be read.
         seconds: wall seconds of the loops ("loop") and, of them, "data", "compute" and "other" (dev, checkpoints).
     """
 
@@ -71,6 +75,7 @@ class Setting:
     protocol: Protocol
     clock: Clock
     live: Any
+    meter: Any = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict(data=0.0, compute=0.0, loop=0.0, other=0.0))
 
@@ -80,11 +85,14 @@ class Setting:
         return {key: value.to(self.protocol.device) for key, value in batch.items()}
 
 
-def turn(arms: Sequence[Arm], index: int, work: Callable[[Arm], Any], clock: Clock) -> dict[str, tuple[Any, float]]:
+def turn(
+    arms: Sequence[Arm], index: int, work: Callable[[Arm], Any], clock: Clock, meter: Any = None
+) -> dict[str, tuple[Any, float, dict[str, float]]]:
     """One step of every arm that has not failed: A B C on even turns, C B A on odd ones.
 
     Returns:
-        by arm, the result of `work(arm)` and its seconds.
+        by arm, the result of `work(arm)`, its seconds, and what they were spent on: seconds by part where the arm has
+        a `split`, and "joules" where there is a meter.
 
     Raises:
         EffbenchError: the baseline failed, so that nothing can be compared.
@@ -94,8 +102,15 @@ def turn(arms: Sequence[Arm], index: int, work: Callable[[Arm], Any], clock: Clo
         if arm.error:
             continue
         try:
-            with randomness.swapped(arm):
-                results[arm.name] = clock.timed(lambda arm=arm: work(arm))
+            with randomness.swapped(arm), arm.split or nullcontext():
+                joules = meter.joules() if meter else 0.0
+                result, seconds = clock.timed(lambda arm=arm: work(arm))
+                spent = dict(joules=meter.joules() - joules) if meter else {}
+            if arm.split is not None:
+                spent |= {f"{part}_seconds": value for part, value in arm.split.seconds(seconds).items()}
+            results[arm.name] = (result, seconds, spent)
+        except BatchChanged:
+            raise
         except Exception as error:
             arm.error = describe(error)
             if arm.plan.kind == "baseline":
@@ -121,24 +136,41 @@ def steps(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Run the steps of a phase, yielding each step's index and results by arm; times go to `setting.rows`."""
     clock, seconds = setting.clock, setting.seconds
+    for arm in arms:
+        arm.split = None if arm.error else Split(setting.task.parts(arm.model), arm.model, clock)
     for index in span:
         begin = clock.now()
-        batch = setting.to_device(fetch(index))
+        batch = fetch(index)
         fetched = clock.now()
-        results = turn(arms, index, functools.partial(_with_batch, work, batch, index), clock)
-        for name, (result, spent) in results.items():
-            row = dict(
-                kind="step", arm=name, seed=seed, phase=phase, index=index, seconds=spent, data_wait=fetched - begin
-            )
+        batch = setting.to_device(batch)
+        moved = clock.now()
+        results = turn(arms, index, lambda arm: _unchanged(work, arm, batch, index), clock, setting.meter)  # noqa: B023
+        shared = dict(kind="step", seed=seed, phase=phase, index=index, data_wait=fetched - begin)
+        for name, (result, spent, parts) in results.items():
+            row = shared | dict(arm=name, seconds=spent, transfer=moved - fetched) | parts
             setting.rows.append(row | (result if isinstance(result, dict) else {}))
-        seconds["data"] += fetched - begin
-        seconds["compute"] += sum(spent for _, spent in results.values())
-        yield index, {name: result for name, (result, _) in results.items()}
+        seconds["data"] += moved - begin
+        seconds["compute"] += sum(spent for _, spent, _ in results.values())
+        yield index, {name: result for name, (result, *_) in results.items()}
         seconds["loop"] += clock.now() - begin  # with whatever the caller did between two steps
 
 
-def _with_batch(work: Callable[[Arm, Batch, int], Any], batch: Batch, index: int, arm: Arm) -> Any:
-    return work(arm, batch, index)
+def _unchanged(work: Callable[[Arm, Batch, int], Any], arm: Arm, batch: Batch, index: int) -> Any:
+    """The arm's step; the arms after it get the very same batch."""
+    versions = {key: value._version for key, value in batch.items()}
+    result = work(arm, dict(batch), index)
+    changed = [key for key, value in batch.items() if value._version != versions[key]]
+    if changed:
+        # nobody after this arm can be compared: not even the baseline, if it was its turn later
+        raise BatchChanged(
+            f"{arm.name} changed the batch that all arms share ({', '.join(changed)}, in place)",
+            "let the method work on a copy: x = x.clone()",
+        )
+    return result
+
+
+class BatchChanged(EffbenchError):
+    """An arm wrote into the batch; what the other arms compute from it means nothing."""
 
 
 def blocks(split: str, n: int, size: int) -> list[tuple[str, np.ndarray]]:

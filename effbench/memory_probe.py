@@ -2,45 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from effbench.arms import ArmPlan, testing_model
-from effbench.measure.memory import weight_bytes
+from effbench.arms import ArmPlan, testing_model, training_model
+from effbench.engine import Plain
+from effbench.lockstep import Arm
+from effbench.measure.tensor_memory import Step
+from effbench.models.backbones import Backbone
 from effbench.records import Protocol
 from effbench.registry import backbones, tasks
+from effbench.training import training_mode
+
+Shapes = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and dtype (as "float32") of each entry of a batch."""
 
 
 def make_step(
-    task: str,
-    plan: ArmPlan,
-    recipe: Any,
-    origin: dict[str, Any],
-    protocol: Protocol,
-    shapes: dict[str, tuple[tuple[int, ...], str]],
-) -> tuple[Callable[[], None], int]:
+    task: str, plan: ArmPlan, recipe: Any, origin: dict[str, Any], protocol: Protocol, shapes: Shapes
+) -> Step:
     """Build an arm as it is tested.
 
     Args:
         origin: arguments of the backbone, with its family.
-        shapes: shape and dtype of each entry of a batch.
-
-    Returns:
-        a test step, and the bytes of the weights.
+        shapes: of a batch.
     """
-    origin = dict(origin)
-    backbone = backbones.get(origin.pop("family"))(**origin, single_use=True)
     head = tasks.get(task)()
-    model = testing_model(plan, head, recipe, backbone, protocol, {}, None)
-    batch = {
-        key: torch.zeros(shape, dtype=getattr(torch, dtype)) if dtype.startswith("int") else torch.rand(shape)
-        for key, (shape, dtype) in shapes.items()
-    }
+    model = testing_model(plan, head, recipe, _backbone(origin), protocol, {}, None).to(protocol.device)
+    batch = _batch(shapes, protocol)
 
-    def step() -> None:
+    def run() -> None:
         with torch.inference_mode():
             head.predict(model, batch)
 
-    return step, weight_bytes(model)
+    return Step(run, model)
+
+
+def make_training_step(
+    task: str, plan: ArmPlan, recipe: Any, origin: dict[str, Any], protocol: Protocol, shapes: Shapes
+) -> Step:
+    """Build an arm as it is trained, with its optimiser; the step is that of `training.train`.
+
+    Args:
+        origin: arguments of the backbone, with its family.
+        shapes: of a batch; where the frozen tower's features are computed once, with "features" in place of "image".
+    """
+    head = tasks.get(task)()
+    model, training = training_model(plan, head, recipe, _backbone(origin), protocol)
+    model.to(protocol.device)
+    training_mode([Arm(plan, model, {}, training.frozen, training.trained)])
+    updates = Plain(model, protocol)
+    batch = _batch(shapes, protocol)
+
+    def run() -> None:
+        loss = head.loss(model, batch)  # the gradients of the step before are still there
+        updates.backward(loss)
+        updates.step()
+
+    return Step(run, model, updates.optimiser)
+
+
+def _backbone(origin: dict[str, Any]) -> Backbone:
+    origin = dict(origin)
+    return backbones.get(origin.pop("family"))(**origin, single_use=True)
+
+
+def _batch(shapes: Shapes, protocol: Protocol) -> dict[str, Tensor]:
+    made = {
+        key: torch.zeros(shape, dtype=getattr(torch, dtype)) if dtype.startswith("int") else torch.rand(shape)
+        for key, (shape, dtype) in shapes.items()
+    }
+    return {key: value.to(protocol.device) for key, value in made.items()}

@@ -72,10 +72,12 @@ class Method:
         default_phase: "test" (applied after training to the baseline's own weights: the default of a training-free
             method), "train" (only while training) or "both". A user overrides it with `phase=`.
         phases: the phases that the method supports.
+        claims: what the method promises to take away; "tokens" is checked against the tensors at run time.
     """
 
     source: ClassVar[str] = ""
     conflicts: ClassVar[tuple[str, ...]] = ()
+    claims: ClassVar[tuple[str, ...]] = ()
     default_phase: ClassVar[str] = "test"
     phases: ClassVar[tuple[str, ...]] = PHASES
 

@@ -1,15 +1,12 @@
-"""The passes that train nothing: features of a frozen tower, quality on the test split, timed pairs."""
+"""The passes that train nothing and time nothing apart: features of a frozen tower, quality on the test split."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from effbench import randomness
 from effbench.lockstep import (
     Arm,
     Batch,
@@ -24,10 +21,7 @@ from effbench.lockstep import (
     restore,
     steps,
 )
-from effbench.measure.clock import Clock
 from effbench.task import Items
-
-WARMUP = 3  # turns of the timing pass that do not count
 
 
 def features(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: Partial | None, save: Save) -> Partial:
@@ -90,7 +84,8 @@ def test(
     """The quality pass: every arm predicts the whole test split.
 
     Returns:
-        by arm under "items": by score, "values" and "group" tensors (see `effbench.task.Items`).
+        by arm under "items" and, but for the baseline, "agreement": by score, "values" and "group" tensors (see
+        `effbench.task.Items`).
     """
     task, prepared = setting.task, setting.prepared
     plan = blocks("test", sizes["test"], setting.protocol.eval_batch)
@@ -114,67 +109,18 @@ def test(
     for index, _ in steps(arms, "quality", seed, range(start, len(plan)), fetch, work, setting):
         setting.live.advance(index + 1, columns(arms, setting))
         save(functools.partial(state, index))
-    items = {}
-    for arm in arms:
-        if not arm.error:
-            scores = task.score(prepared, "test", joined(done[arm.name]))
-            items[arm.name] = {
-                name: dict(values=torch.as_tensor(s.values), group=torch.as_tensor(s.group))
-                for name, s in scores.items()
-            }
-    return dict(items=items, **kept_state(arms))
+    outputs = {arm.name: joined(done[arm.name]) for arm in arms if not arm.error}
+    items = {name: _stored(task.score(prepared, "test", found)) for name, found in outputs.items()}
+    agreement = {
+        name: _stored(task.agreement(prepared, "test", outputs["baseline"], found))
+        for name, found in outputs.items()
+        if name != "baseline"
+    }
+    return dict(items=items, agreement=agreement, **kept_state(arms))
 
 
-def pairs(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: Partial | None, save: Save) -> Partial:
-    """The timing pass: small batches of test images with one caption each; the first WARMUP turns do not count."""
-    task, prepared, protocol = setting.task, setting.prepared, setting.protocol
-    total = protocol.timing_pairs + WARMUP if protocol.timing_pairs else 0
-    size = min(protocol.timing_batch, sizes["test"])
-    for arm in arms:  # whatever was drawn before, in this process or in one that was killed
-        arm.random = randomness.seeded(protocol.seeds[0])
-    if partial:
-        restore(arms, partial)
-    stopwatches = {arm.name: Stopwatch(task.parts(arm.model), setting.clock) for arm in arms if not arm.error}
-
-    def fetch(index: int) -> Batch:
-        rng = np.random.default_rng([protocol.seeds[0], index])
-        return task.batch(prepared, "test", rng.choice(sizes["test"], size, replace=False), rng)
-
-    def work(arm: Arm, batch: Batch, _: int) -> dict[str, float]:
-        with torch.inference_mode(), stopwatches[arm.name] as seconds:
-            task.predict(arm.model, batch)
-        return {"image_seconds": seconds["image"]} if "image" in seconds else {}
-
-    start = partial["index"] + 1 if partial else 0
-    setting.live.stage(f"timing, {size} images a step", total, start=start)
-    for index, _ in steps(arms, "timing", protocol.seeds[0], range(start, total), fetch, work, setting):
-        setting.live.advance(index + 1, columns(arms, setting))
-        save(lambda index=index: dict(index=index, **kept_state(arms)))
-    return kept_state(arms)
-
-
-class Stopwatch:
-    """Seconds that parts of a model take within a step; hooks are in place only inside the context."""
-
-    def __init__(self, parts: dict[str, nn.Module], clock: Clock) -> None:
-        self.parts = parts
-        self.clock = clock
-
-    def __enter__(self) -> dict[str, float]:
-        self.seconds: dict[str, float] = {}
-        started: dict[str, float] = {}
-        self.handles = []
-        for name, module in self.parts.items():
-
-            def begin(*_: Any, name: str = name) -> None:
-                started[name] = self.clock.now()
-
-            def end(*_: Any, name: str = name) -> None:
-                self.seconds[name] = self.seconds.get(name, 0.0) + self.clock.now() - started[name]
-
-            self.handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
-        return self.seconds
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self.handles:
-            handle.remove()
+def _stored(scores: dict[str, Items]) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: dict(values=torch.as_tensor(score.values), group=torch.as_tensor(score.group))
+        for name, score in scores.items()
+    }

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Text = Annotated[str, Field(max_length=4000)]
 Count = Annotated[int, Field(ge=0)]
@@ -37,8 +37,12 @@ class Protocol(Model):
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps that the one-cycle schedule rises")
+    schedule: Literal["one-cycle", "constant"] = "one-cycle"
     seeds: tuple[int, ...] = (0,)
     precision: Literal["fp32"] = "fp32"
+    engine: Literal["plain", "deepspeed"] = "plain"
+    zero_stage: int = Field(0, ge=0, le=3, description="what DeepSpeed's ZeRO shards")
+    processes: int = Field(1, ge=1, description="processes that share a training batch")
     device: str = "cpu"
     threads: int = Field(1, ge=1)
     timing_batch: int = Field(16, ge=1, description="images per timed pair")
@@ -82,6 +86,9 @@ class Provenance(Model):
     python: Text = ""
     threading: dict[str, Text] = Field({}, description="environment variables that change how threads share the cores")
     load: Finite | None = Field(None, description="load average per core when the run started")
+    machine: dict[str, Text] = Field({}, description="CPU flags, governor, limits, driver, clocks, where readable")
+    until: Finite | None = Field(None, description="relative half-width at which timing stopped early")
+    budget: Seconds | None = Field(None, description="seconds that timing was allowed")
     resumed: Count = Field(0, description="how often the run was resumed")
     data_origin: Text = ""
 
@@ -101,12 +108,27 @@ class Speedup(Interval):
     verdict: Literal["FASTER", "SLOWER", "NO DIFFERENCE", "AMBIGUOUS", "TOO FEW SAMPLES"]
 
 
+class Timing(Model):
+    """Timed steps of one arm at one batch size."""
+
+    batch: Annotated[int, Field(ge=1)]
+    seconds: Seconds = Field(description="median of the arm's steps")
+    speedup: Speedup | None = Field(None, description="against the baseline; None for the baseline itself")
+
+
 class TimeSplit(Model):
-    """Seconds of one phase (training or testing) over all its steps."""
+    """Seconds of one phase over all its steps; the parts from image to optimiser add up to compute."""
 
     total: Seconds
     data_wait: Seconds = Field(0.0, description="waiting for decoded batches; shared by all arms")
+    transfer: Seconds = Field(0.0, description="from the host to the device; shared by all arms")
     compute: Seconds = 0.0
+    image: Seconds = Field(0.0, description="image tower, without the method's overhead; forward only")
+    text: Seconds = Field(0.0, description="text tower, without the method's overhead; forward only")
+    overhead: Seconds = Field(0.0, description="the method's own scoring and matching")
+    head: Seconds = Field(0.0, description="what is left of compute: projection, similarity, loss")
+    backward: Seconds = 0.0
+    optimiser: Seconds = 0.0
     features: Seconds = Field(0.0, description="the frozen tower's feature pass; within compute")
     first_step: Seconds = Field(0.0, description="the first step, warm-up included; within compute")
     steps: Count = 0
@@ -115,20 +137,89 @@ class TimeSplit(Model):
 class Flops(Model):
     """Floating-point operations per image-caption pair; 1 MAC = 2 FLOPs."""
 
-    dense: Count
+    dense: Count = Field(description="as dense kernels do them")
+    useful: Count | None = Field(None, description="of dense, what masks leave; None in records of schema 1")
+    low_bit: Count = Field(0, description="bit operations: MACs x weight bits x activation bits; not within dense")
+    low_bit_macs: Count = 0
     overhead: Count = Field(0, description="the method's own scoring and matching; not within dense")
     complete: bool = Field(
         True, description="False: an operation without a formula was seen, the count is a lower bound"
     )
     unknown: tuple[Text, ...] = ()
+    analytic: Count | None = Field(None, description="dense by the layers' formulas; None: a layer without a formula")
+
+    @property
+    def work(self) -> int:
+        """Everything that is computed, low-bit products as if they were floating-point: what the FLOPs promise."""
+        return self.dense + self.overhead + 2 * self.low_bit_macs
 
 
 class Memory(Model):
-    """Bytes, measured in a fresh process."""
+    """Bytes of an arm in a fresh process, median of `runs` processes: by the system, and by the tensors that lived."""
 
     weights: Count
-    load_peak: Count = Field(description="peak resident growth while the model is built and loaded")
-    run_peak: Count = Field(description="peak resident growth over the whole life of the arm")
+    load_peak: Count = Field(description="peak growth of the process while the model is built and loaded")
+    run_peak: Count = Field(description="peak growth of the process over the whole life of the arm")
+    tensor_peak: Count | None = Field(None, description="peak of all live tensors together (CUDA: allocated)")
+    activations: Count | None = Field(None, description="tensor_peak's share that is neither of the others")
+    gradients: Count | None = Field(None, description="gradients of the parameters; of a training step")
+    optimiser: Count | None = Field(None, description="optimiser state; of a training step")
+    cache: Count | None = Field(None, description="key-value cache of a decoder")
+    reserved: Count | None = Field(None, description="CUDA: peak that torch's allocator took from the device")
+    process: Count | None = Field(
+        None, description="CUDA: the device's memory that the process holds, as the driver says"
+    )
+    runs: Count = 1
+
+
+class Kernels(Model):
+    """How an arm really computes: where this differs, a speed-up is kernel effect x method effect."""
+
+    attention: dict[str, Count] = Field({}, description="attention calls of one test step by path, e.g. sdpa:flash")
+    precision: dict[str, Count] = Field({}, description="matrix products of one test step by dtype")
+    autocast: bool = False
+    compiled: bool = False
+    channels_last: bool = False
+    threads: Count = 0
+
+
+class Structure(Model):
+    """What of the model is there at run time."""
+
+    dtypes: dict[str, Count] = Field({}, description="bytes of weights by dtype")
+    quantised_share: Finite = Field(
+        0.0, description="share of the weights of linear layers and convolutions, by number"
+    )
+    trained_layers: tuple[Text, ...] = Field((), description="modules whose own parameters are trained")
+    masked_tokens: bool = Field(False, description="fewer tokens are claimed or attended to, but none is removed")
+
+
+class Energy(Model):
+    """Joules of the timed steps."""
+
+    joules_per_step: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    source: Text = Field(description="what was read, e.g. RAPL package or NVML")
+
+
+class Calibration(Model):
+    """What A/A trials of this machine showed (`effbench calibrate`)."""
+
+    created: datetime
+    device_model: Text
+    threads: Annotated[int, Field(ge=1)]
+    backbone: Text
+    batch: Annotated[int, Field(ge=1)]
+    pairs: Annotated[int, Field(ge=1)]
+    margin: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    trials: Annotated[int, Field(ge=1)]
+    noise_floor: Finite = Field(description="95th percentile of |speed-up - 1| between identical arms")
+    coverage: Finite = Field(description="share of the 95 % intervals that hold 1")
+    half_width: Finite = Field(description="median relative half-width of the intervals")
+    verdicts: dict[str, Count] = Field(description="trials by verdict")
+    slower_by: Finite | None = Field(None, description="share of a step that the slower arm has on top")
+    slower_trials: Count = 0
+    slower_found: Count = Field(0, description="of them, called SLOWER")
+    effbench: Text = ""
 
 
 class MetricValue(Model):
@@ -140,9 +231,12 @@ class MetricValue(Model):
     higher_is_better: bool
     unit: Text = "%"
     chance: Finite | None = None
+    ceiling: Finite | None = None
     lossiness: Interval | None = Field(None, description="1 - q/q_baseline as a fraction; None where it is not defined")
     note: Text = Field("", description="why there is no lossy-ness, or what limits its interval")
     by_seed: tuple[Finite, ...] = ()
+    margin: Finite | None = Field(None, description="lossy-ness below which two arms count as equal")
+    equivalent: bool | None = Field(None, description="both one-sided tests at 5 % put |lossy-ness| below the margin")
 
 
 class Arm(Model):
@@ -160,16 +254,31 @@ class Arm(Model):
     train_time: TimeSplit | None = Field(None, description="None: the arm uses the baseline's own weights")
     test_time: TimeSplit | None = None
     train_speedup: Speedup | None = None
-    test_speedup: Speedup | None = Field(None, description="end to end: method-side batch work and model")
+    test_speedup: Speedup | None = Field(None, description="compute: method-side batch work and model")
     image_speedup: Speedup | None = Field(None, description="image tower alone")
+    end_to_end_speedup: Speedup | None = Field(None, description="data wait and transfer included")
+    method_speedup: Speedup | None = Field(
+        None, description="against identity: the method's part where the kernels differ from the baseline's"
+    )
+    ceiling: Finite | None = Field(None, description="Amdahl: speed-up if what the arm changes took no time")
+    promised: Finite | None = Field(None, description="speed-up that the FLOPs promise, overhead included")
+    realised: Finite | None = Field(None, description="test speed-up / promised")
+    step_time: TimeSplit | None = Field(None, description="the timed steps, warm-up apart")
+    by_batch: tuple[Timing, ...] = Field((), description="timed steps at several batch sizes")
+    pays_from: Count | None = Field(None, description="smallest batch from which on the arm is FASTER")
+    energy: Energy | None = None
     train_flops: Flops | None = Field(None, description="one training step, per pair")
     test_flops: Flops | None = None
     parameters: Count = 0
     trained_parameters: Count = 0
     weight_bytes: Count = 0
-    memory: Memory | None = None
+    memory: Memory | None = Field(None, description="of a test step")
+    train_memory: Memory | None = Field(None, description="of a training step; None: nothing is trained")
+    kernels: Kernels | None = None
+    structure: Structure | None = None
     tokens: tuple[Count, ...] = Field((), description="tokens that enter each block's MLP in the image tower, as seen")
     metrics: dict[str, MetricValue] = {}
+    agreement: dict[str, Interval] = Field({}, description="with the baseline, as fractions, e.g. of equal top answers")
     losses: dict[str, tuple[Finite, ...]] = Field({}, description="mean training loss per epoch, by seed")
     notes: tuple[Text, ...] = ()
 
@@ -177,7 +286,7 @@ class Arm(Model):
 class Record(Model):
     """One task x one backbone x several arms x seeds under one protocol."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     created: datetime
     status: Literal["ok", "INVALID"] = "ok"
@@ -185,6 +294,8 @@ class Record(Model):
     wall_time: Seconds = 0.0
     peak_memory: Count = Field(0, description="peak resident bytes of the experiment's own process")
     lockstep_overhead: Finite = Field(0.0, description="share of the steps' wall time spent outside data and compute")
+    energy: Text = Field("", description="how energy was measured, or why it was not")
+    calibration: Calibration | None = Field(None, description="of this machine, where there is one")
     primary_metric: Text
     envelope: Envelope
     provenance: Provenance

@@ -1,4 +1,4 @@
-"""Methods, tasks and backbones by name, built-in or not: one lazy registry over entry points.
+"""Methods, tasks, backbones and presets by name, built-in or not: one lazy registry over entry points.
 
     [project.entry-points."effbench.methods"]
     mine = "my_package"          # a package: every file in it is a plugin, named as the file
@@ -186,3 +186,4 @@ def _find(module: str) -> ModuleSpec | None:
 methods = Registry("effbench.methods", "method", "effbench.method:Method")
 tasks = Registry("effbench.tasks", "task", "effbench.task:Task")
 backbones = Registry("effbench.backbones", "backbone", "effbench.models.backbones:Backbone")
+presets = Registry("effbench.presets", "preset", "effbench.preset:Preset")

@@ -1,29 +1,26 @@
-"""From raw samples to a record: figures with their intervals. Nothing is measured here but FLOPs and memory."""
+"""From raw samples to a record: every arm's figures with their intervals, and whether the run is valid."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import torch
 
-from effbench import records, stats
-from effbench.errors import EffbenchError
-from effbench.measure.environment import provenance
-from effbench.measure.flops import flops_of
-from effbench.measure.memory import probe, weight_bytes
-from effbench.memory_probe import make_step
-from effbench.passes import WARMUP
+from effbench import calibrate, parity, quality, records, speeds
+from effbench.examine import examine, memory
+from effbench.measure.environment import device_model, provenance
+from effbench.measure.structure import masked_tokens
 from effbench.task import Items
 
 if TYPE_CHECKING:
     from effbench.arms import ArmPlan
-    from effbench.experiment import Experiment, Journal
+    from effbench.experiment import Experiment
+    from effbench.journal import Journal
     from effbench.lockstep import Arm, Partial
 
-BLOCKS = 30  # training steps are paired in this many blocks, each a miniature of the whole
+CERTAIN = 0.998  # level at which noop makes a run INVALID: of 500 honest runs one is lost, where 95 % would lose 25
 
 
 def record(
@@ -38,38 +35,82 @@ def record(
     """The record of a finished experiment."""
     from effbench.experiment import run_id
 
-    live, setting = experiment.live, experiment.setting
-    rows = pd.DataFrame(setting.rows)
-    live.stage("FLOPs, tokens and memory of each arm", len(arms), "arms")
-    training = {arm.name: arm for arm in experiment.training_arms(setting.protocol.seeds[0])} if trained else {}
-    found = []
+    live, setting, protocol = experiment.live, experiment.setting, experiment.protocol
+    rows = speeds.complete(setting.rows)
+    live.stage("FLOPs, kernels and memory of each arm", len(arms), "arms")
+    training = {arm.name: arm for arm in experiment.training_arms(protocol.seeds[0])} if trained else {}
+    found: list[records.Arm] = []
+    parts: dict[str, Any] = {}
     for place, arm in enumerate(arms):
+        facts: dict[str, Any] = dict(
+            name=arm.name,
+            spec=arm.plan.spec,
+            kind=arm.plan.kind,
+            control=arm.plan.control,
+            controls_for=arm.plan.controls_for,
+            phase=arm.plan.phase,
+            source="; ".join(dict.fromkeys(method.source for method in arm.plan.methods if method.source)),
+        )
         error = errors.get(arm.name, arm.error)
-        found.append(_arm(experiment, arm, training.get(arm.name), trained, items, error, rows))
+        if error:
+            facts |= dict(status="FAILED", error=error)
+        else:
+            own = training.get(arm.name)
+            seen, parts[arm.name] = examine(experiment, arm, own)
+            probed, notes = memory(experiment, arm.plan, own)
+            facts |= seen | probed | _quality(experiment, arm.name, items, own is not None)
+            facts["losses"] = {
+                str(seed): tuple(part["arms"][arm.name]["losses"]) for seed, part in trained.items() if own is not None
+            }
+            # against identity where a method edits the towers: a kernel change is not what the method takes away
+            plain = parts.get("identity", parts["baseline"]) if arm.plan.methods else parts["baseline"]
+            changed = {part for part, now in parts[arm.name].items() if now != plain[part]}
+            base = found[0] if found else None
+            facts |= _times(experiment, arm.name, rows, own is not None, changed)
+            facts |= _promise(facts, base)
+            masked = _masked(arm.plan, facts, base)
+            facts["structure"] = facts["structure"].model_copy(update=dict(masked_tokens=bool(masked)))
+            facts["notes"] = (*facts["notes"], *notes, *([masked] if masked else []))
+        found.append(records.Arm(**facts))
         live.advance(place + 1)
+    found = [_method_effect(arm, found, rows, experiment.batches) for arm in found]
     created = datetime.now(UTC)
     seconds = setting.seconds
     outside = seconds["loop"] - seconds["data"] - seconds["compute"] - seconds["other"]
-    why = _noise(found) or _not_deterministic(items)
-    source = provenance(command)
+    noop = next(arm for arm in found if arm.control == "noop")
+    why = _noise(noop, rows, experiment.batches) or _not_deterministic(items)
+    source = provenance(command, protocol.device)
+    more = dict(
+        resumed=journal.resumed,
+        data_origin=experiment.data.origin,
+        until=experiment.stopping.until,
+        budget=experiment.stopping.budget,
+    )
     return records.Record(
         id=run_id(created, experiment.name, experiment.digest()),
         created=created,
         status="INVALID" if why else "ok",
         why_invalid=why,
         lockstep_overhead=outside / seconds["compute"] if seconds["compute"] else 0.0,
+        energy=experiment.energy_source,
+        calibration=calibrate.load(device_model(protocol.device), protocol.threads),
         primary_metric=experiment.task.primary_metric(experiment.prepared, "test").name,
         envelope=experiment.envelope(),
-        provenance=source.model_copy(update=dict(resumed=journal.resumed, data_origin=experiment.data.origin)),
+        provenance=source.model_copy(update=more),
         arms=tuple(found),
         notes=tuple(experiment.data.notes),
     )
 
 
-def _noise(arms: list[records.Arm]) -> str:
-    """Why the run is INVALID: the second, untouched baseline differs from the first."""
-    noop = next(arm for arm in arms if arm.control == "noop")
-    for what, figure in (("test", noop.test_speedup), ("training", noop.train_speedup)):
+def _noise(noop: records.Arm, rows: pd.DataFrame, batches: list[int]) -> str:
+    """Why the run is INVALID: the second, untouched baseline differs from the first, beyond what chance brings."""
+    found = {}
+    if noop.test_speedup is not None:
+        both = (speeds.timed(rows, name, batches[0]) for name in ("baseline", noop.name))
+        found["test"] = speeds.speedup(*both, "seconds", level=CERTAIN)
+    if noop.train_speedup is not None:
+        found["training"] = speeds.training_speedup(rows, noop.name, level=CERTAIN)
+    for what, figure in found.items():
         if figure is not None and figure.verdict in ("FASTER", "SLOWER"):
             return f"noop, an untouched second baseline, came out {figure.verdict} in {what}: {figure.value:.3f}x"
     return ""
@@ -85,185 +126,79 @@ def _not_deterministic(items: dict[int, Partial]) -> str:
     return ""
 
 
-def _arm(
-    experiment: Experiment,
-    arm: Arm,
-    training: Arm | None,
-    trained: dict[int, Partial],
-    items: dict[int, Partial],
-    error: str,
-    rows: pd.DataFrame,
-) -> records.Arm:
-    plan = arm.plan
-    own = rows[rows["arm"] == plan.name]
-    others = rows[rows["arm"] == "baseline"]
-    trains = training is not None
-    facts: dict[str, Any] = dict(
-        name=plan.name,
-        spec=plan.spec,
-        kind=plan.kind,
-        control=plan.control,
-        controls_for=plan.controls_for,
-        phase=plan.phase,
-        source="; ".join(dict.fromkeys(method.source for method in plan.methods if method.source)),
-    )
-    if error:
-        return records.Arm(**facts, status="FAILED", error=error)
-    notes = []
-    timing = own["phase"] == "timing"
-    facts["test_time"] = _time(own[own["phase"] == "quality"])
+def _times(experiment: Experiment, arm: str, rows: pd.DataFrame, trains: bool, changed: set[str]) -> dict[str, Any]:
+    """Every figure of time of one arm."""
+    own = rows[rows["arm"] == arm]
+    facts: dict[str, Any] = dict(test_time=speeds.split(own[own["phase"] == "quality"]))
     if trains:
-        facts["train_time"] = _time(own[own["phase"].isin(["features", "train"])])
-        facts["losses"] = {str(seed): tuple(part["arms"][plan.name]["losses"]) for seed, part in trained.items()}
-    if plan.kind != "baseline":
-        if timing.any():
-            facts["test_speedup"] = _speedup(others, own, "seconds")
-            if "image_seconds" in own and own.loc[timing, "image_seconds"].notna().all():
-                facts["image_speedup"] = _speedup(others, own, "image_seconds")
-        if trains:
-            facts["train_speedup"] = stats.speedup(*_training_blocks(others, own))
-    facts |= _structure(experiment, arm, training)
-    facts["memory"], problem = _memory(experiment, plan)
-    notes += [f"memory was not measured: {problem}"] if problem else []
-    facts["metrics"] = _metrics(experiment, plan, items, trains)
-    return records.Arm(**facts, notes=tuple(notes))
-
-
-def _time(rows: pd.DataFrame) -> records.TimeSplit | None:
-    """Seconds of a phase, summed over the seeds."""
-    if not len(rows):
-        return None
-    compute, wait = rows["seconds"].sum(), rows["data_wait"].sum()
-    return records.TimeSplit(
-        total=compute + wait,
-        data_wait=wait,
-        compute=compute,
-        features=rows.loc[rows["phase"] == "features", "seconds"].sum(),
-        first_step=rows["seconds"].iloc[0],
-        steps=len(rows),
-    )
-
-
-def _speedup(baseline: pd.DataFrame, arm: pd.DataFrame, column: str) -> records.Speedup:
-    """From the timing pass without its warm-up, paired by step."""
-    both = [rows[rows["phase"] == "timing"].set_index("index")[column] for rows in (baseline, arm)]
-    shared = both[0].index.intersection(both[1].index)
-    shared = shared[shared >= WARMUP]
-    return stats.speedup(both[0].loc[shared].to_numpy(), both[1].loc[shared].to_numpy())
-
-
-def _training_blocks(baseline: pd.DataFrame, arm: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Training seconds of both in blocks; a block holds its part of the feature pass and of the steps of every seed."""
-    sums = []
-    for rows in (baseline, arm):
-        total = np.zeros(BLOCKS)
-        for (_, _), part in rows[rows["phase"].isin(["features", "train"])].groupby(["phase", "seed"]):
-            place = part["index"].to_numpy() * BLOCKS // (part["index"].max() + 1)
-            total += np.bincount(place, part["seconds"].to_numpy(), BLOCKS)
-        sums.append(total)
-    used = (sums[0] > 0) & (sums[1] > 0)
-    return sums[0][used], sums[1][used]
-
-
-def _structure(experiment: Experiment, arm: Arm, training: Arm | None) -> dict[str, Any]:
-    """FLOPs, tokens, parameters and bytes of an arm, as they are."""
-    task, prepared = experiment.task, experiment.prepared
-    rng = np.random.default_rng(0)
-    one = task.batch(prepared, "test", np.arange(1), rng)
-    tokens = tokens_per_layer(task.parts(arm.model).get("image", arm.model), lambda: task.predict(arm.model, one))
-    with torch.no_grad():
-        count = flops_of(lambda: task.predict(arm.model, one), arm.model)
-    found: dict[str, Any] = dict(
-        test_flops=_flops(count, 1),
-        tokens=tokens,
-        parameters=sum(p.numel() for p in arm.model.parameters()),
-        weight_bytes=weight_bytes(arm.model),
-    )
-    if training is not None:
-        found["trained_parameters"] = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
-        found["train_flops"] = _training_flops(experiment, training)
-    return found
-
-
-def _training_flops(experiment: Experiment, arm: Arm) -> records.Flops:
-    """Of one training step per pair; a feature pass that is done once is spread over the epochs."""
-    from effbench.training import training_mode
-
-    task, protocol = experiment.task, experiment.protocol
-    pairs = 2
-    batch = task.batch(experiment.prepared, "train", np.arange(pairs), np.random.default_rng(0))
-    cached = experiment.caches_features(arm)
-    dense = overhead = 0.0
-    training_mode([arm])
-    parts = []
-    if cached:
-        with torch.no_grad():
-            batch["features"] = task.frozen_features(arm.model, batch["image"])
-            parts.append(
-                (flops_of(lambda: task.frozen_features(arm.model, batch["image"]), arm.model), protocol.epochs)
+        facts["train_time"] = speeds.split(own[own["phase"].isin(["features", "train"])])
+    if experiment.batches:
+        batch = experiment.batches[0]
+        baseline, mine = (speeds.timed(rows, name, batch) for name in ("baseline", arm))
+        first = own.loc[own["phase"] == f"timing {batch}", "seconds"].iloc[0]
+        facts |= dict(
+            step_time=speeds.split(mine, first),
+            by_batch=speeds.by_batch(rows, arm, experiment.batches),
+            energy=speeds.energy(mine, experiment.energy_source),
+        )
+        if arm != "baseline":
+            facts |= dict(
+                test_speedup=speeds.speedup(baseline, mine, "seconds"),
+                image_speedup=speeds.speedup(baseline, mine, "image_seconds", "overhead_seconds"),
+                end_to_end_speedup=speeds.speedup(baseline, mine, "seconds", "data_wait", "transfer"),
+                pays_from=speeds.pays_from(facts["by_batch"]),
+                ceiling=speeds.ceiling(baseline, changed),
             )
-        batch = {key: value for key, value in batch.items() if key != "image"}
-    parts.append((flops_of(lambda: task.loss(arm.model, batch).backward(), arm.model), 1))
-    for count, times in parts:
-        dense += count.dense_flops / times
-        overhead += count.overhead_flops / times
-    return records.Flops(
-        dense=round(dense / pairs),
-        overhead=round(overhead / pairs),
-        complete=all(count.complete for count, _ in parts),
-        unknown=tuple(sorted({op for count, _ in parts for op in count.unknown_ops})),
-    )
+    if trains and arm != "baseline":
+        facts["train_speedup"] = speeds.training_speedup(rows, arm)
+    return facts
 
 
-def _flops(count: Any, pairs: int) -> records.Flops:
-    return records.Flops(
-        dense=round(count.dense_flops / pairs),
-        overhead=round(count.overhead_flops / pairs),
-        complete=count.complete,
-        unknown=tuple(count.unknown_ops),
-    )
+def _promise(facts: dict[str, Any], baseline: records.Arm | None) -> dict[str, Any]:
+    """The speed-up that the FLOPs promise, and how much of it was realised."""
+    if baseline is None or not facts["test_flops"].work:
+        return {}
+    promised = baseline.test_flops.work / facts["test_flops"].work
+    measured = facts.get("test_speedup")
+    return dict(promised=promised, realised=measured.value / promised if measured else None)
 
 
-def tokens_per_layer(model: torch.nn.Module, forward: Any) -> tuple[int, ...]:
-    """Tokens that enter each block's MLP in one forward pass, as the tensors really were."""
-    seen: list[int] = []
-    blocks = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "mlp"]
-    handles = [m.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1])) for m in blocks]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tuple(seen)
+def _masked(plan: ArmPlan, facts: dict[str, Any], baseline: records.Arm | None) -> str:
+    """A sentence where the arm's tokens are hidden but still there."""
+    if baseline is None:
+        return ""
+    claims = {claim for method in plan.during("test", "both") for claim in method.claims}
+    return masked_tokens(facts["tokens"], baseline.tokens, claims, facts["test_flops"], baseline.test_flops)
 
 
-def _memory(experiment: Experiment, plan: ArmPlan) -> tuple[records.Memory | None, str]:
-    """Memory of an arm on a test step, or why it was not measured."""
-    protocol = experiment.protocol
-    rows = np.arange(min(protocol.timing_batch, experiment.sizes["test"]))
-    example = experiment.task.batch(experiment.prepared, "test", rows, np.random.default_rng(0))
-    shapes = {key: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for key, value in example.items()}
-    arguments = (experiment.name, plan, experiment.recipe, experiment.backbone.origin, protocol, shapes)
-    try:
-        return probe(make_step, *arguments, device=protocol.device, threads=protocol.threads)
-    except EffbenchError as problem:
-        return None, str(problem)
+def _method_effect(arm: records.Arm, arms: list[records.Arm], rows: pd.DataFrame, batches: list[int]) -> records.Arm:
+    """Where an arm's kernels are not the baseline's: its speed-up against identity, which has those kernels."""
+    baseline = next(each for each in arms if each.kind == "baseline")
+    identity = next((each for each in arms if each.control == "identity" and each.status == "ok"), None)
+    if arm.kernels is None or arm.control in ("noop", "identity") or not batches or identity is None:
+        return arm
+    if not parity.differs(baseline.kernels, arm.kernels):
+        return arm
+    frames = (speeds.timed(rows, name, batches[0]) for name in (identity.name, arm.name))
+    return arm.model_copy(update=dict(method_speedup=speeds.speedup(*frames, "seconds")))
+
+
+def _quality(experiment: Experiment, arm: str, items: dict[int, Partial], trains: bool) -> dict[str, Any]:
+    """Metrics with their lossy-ness, and the agreement with the baseline."""
+    metrics = {}
+    for metric in experiment.task.metrics(experiment.prepared, "test"):
+        baseline = [items_of(part["items"]["baseline"][metric.items]) for part in items.values()]
+        own = baseline
+        if arm != "baseline":
+            own = [items_of(part["items"][arm][metric.items]) for part in items.values()]
+        metrics[metric.name] = quality.lossiness(metric, baseline, own, trained=trains)
+    shared = dict.fromkeys(name for part in items.values() for name in part["agreement"].get(arm, {}))
+    agreement = {
+        name: quality.agreement([items_of(part["agreement"][arm][name]) for part in items.values()]) for name in shared
+    }
+    return dict(metrics=metrics, agreement=agreement)
 
 
 def items_of(score: dict[str, torch.Tensor]) -> Items:
     """Items from the tensors that a phase stores."""
     return Items(score["values"].numpy(), score["group"].numpy())
-
-
-def _metrics(
-    experiment: Experiment, plan: ArmPlan, items: dict[int, Partial], trains: bool
-) -> dict[str, records.MetricValue]:
-    found = {}
-    for metric in experiment.task.metrics(experiment.prepared, "test"):
-        baseline = [items_of(part["items"]["baseline"][metric.items]) for part in items.values()]
-        own = baseline
-        if plan.kind != "baseline":
-            own = [items_of(part["items"][plan.name][metric.items]) for part in items.values()]
-        found[metric.name] = stats.lossiness(metric, baseline, own, trained=trains)
-    return found

@@ -5,12 +5,16 @@ A row is one timed step of one arm (`kind` "step") or one per-item score ("item"
     kind           "step" or "item"
     arm            name of the arm
     seed           seed of the arm
-    phase          "train", "features", "timing" or "quality"
+    phase          "train", "features", "quality", or "timing 16" with the batch size
     index          steps: number of the step within arm, seed and phase, from 0; equal indices of two arms are a pair.
                    items: number of the item
     seconds        step: wall seconds of the arm's step, device synchronised on both sides
-    image_seconds  step: the image tower's share of it
+    image_seconds  step: the image tower's share of it, the method's overhead taken off; so for text_seconds,
+                   overhead_seconds (the method's own scoring), head_seconds (the rest of the forward pass, loss),
+                   backward_seconds and optimiser_seconds
     data_wait      step: seconds waited for the batch (shared by all arms)
+    transfer       step: seconds of its way from the host to the device (shared by all arms)
+    joules         step: energy used, where the machine can read it
     loss           step: training loss
     score          item: name of the per-item score, e.g. "t2i_rank"
     group          item: test image that the item belongs to
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
     from effbench.task import Items
 
 MAX_ROWS = 100_000_000
+#: what a step's seconds are made of
+PARTS = ("image", "text", "overhead", "head", "backward", "optimiser")
 TYPES = {
     "kind": "string",
     "arm": "string",
@@ -42,13 +48,17 @@ TYPES = {
     "phase": "string",
     "index": "int64",
     "seconds": "double",
-    "image_seconds": "double",
+    **{f"{part}_seconds": "double" for part in PARTS},
     "data_wait": "double",
+    "transfer": "double",
+    "joules": "double",
     "loss": "double",
     "score": "string",
     "group": "int64",
     "value": "double",
 }
+#: columns that samples of schema 1 lack
+LATER = {*(f"{part}_seconds" for part in PARTS if part != "image"), "transfer", "joules"}
 
 
 def item_samples(arm: str, seed: int, score: str, items: Items) -> pandas.DataFrame:
@@ -96,7 +106,10 @@ def read_samples(path: Path) -> pandas.DataFrame:
         with pq.ParquetFile(path) as file:
             if file.metadata.num_rows > MAX_ROWS:
                 raise InvalidError(f"{path} has {file.metadata.num_rows} rows: not samples of a record")
-            return file.read(columns=list(TYPES)).select(list(TYPES)).cast(_schema()).to_pandas()
+            found = file.read(columns=[name for name in TYPES if name not in LATER or name in file.schema_arrow.names])
+            for name in LATER - set(found.column_names):
+                found = found.append_column(name, pa.nulls(len(found), TYPES[name]))
+            return found.select(list(TYPES)).cast(_schema()).to_pandas()
     except (OSError, KeyError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidError(f"{path} does not hold samples: {reason}", "restore or delete the record") from error

@@ -160,10 +160,12 @@ def load(path: str | Path, samples: bool = False) -> pandas.DataFrame:
     Returns:
         One row per arm, oldest run first. Columns: run, created, task, data, backbone, envelope (rank only rows that
         share it), run_status; arm, spec, kind, control, phase, status, error; test_speedup, image_speedup,
-        train_speedup (ratios, each with _low, _high, _verdict); train_seconds, test_seconds; test_flops,
-        test_overhead_flops, train_flops (per image-caption pair, 1 MAC = 2 FLOPs); parameters, weight_bytes,
-        peak_bytes; tokens_first, tokens_last; and for each metric M of its task: M, M_low, M_high, M_lossiness,
-        M_lossiness_low, M_lossiness_high (fractions), M_note. What was not measured is missing (NaN or None).
+        train_speedup, end_to_end_speedup, method_speedup (ratios, each with _low, _high, _verdict); promised and
+        realised (speed-up of the FLOPs, and the share of it that was measured); train_seconds, test_seconds, latency
+        (seconds at batch 1); test_flops, test_overhead_flops, train_flops (per image-caption pair, 1 MAC = 2 FLOPs),
+        test_low_bit_ops; parameters, weight_bytes, peak_bytes (process), tensor_peak_bytes, train_peak_bytes;
+        tokens_first, tokens_last; and for each metric M of its task: M, M_low, M_high, M_lossiness, M_lossiness_low,
+        M_lossiness_high (fractions), M_note. What was not measured is missing (NaN or None).
 
     Raises:
         InvalidError: `path` holds no record, or is itself a damaged record. Damaged ones among others are left out
@@ -242,7 +244,7 @@ def _row(record: Record, arm: Arm) -> dict[str, Any]:
         status=arm.status,
         error=arm.error,
     )
-    for name in ("test_speedup", "image_speedup", "train_speedup"):
+    for name in ("test_speedup", "image_speedup", "train_speedup", "end_to_end_speedup", "method_speedup"):
         ratio = getattr(arm, name)
         row |= _bounds(name, ratio) | {f"{name}_verdict": ratio and ratio.verdict}
     row |= dict(
@@ -251,9 +253,15 @@ def _row(record: Record, arm: Arm) -> dict[str, Any]:
         test_flops=arm.test_flops and arm.test_flops.dense,
         test_overhead_flops=arm.test_flops and arm.test_flops.overhead,
         train_flops=arm.train_flops and arm.train_flops.dense,
+        test_low_bit_ops=arm.test_flops and arm.test_flops.low_bit,
+        promised=arm.promised,
+        realised=arm.realised,
+        latency=next((timing.seconds for timing in arm.by_batch if timing.batch == 1), None),
         parameters=arm.parameters,
         weight_bytes=arm.weight_bytes,
         peak_bytes=arm.memory and arm.memory.run_peak,
+        tensor_peak_bytes=arm.memory and arm.memory.tensor_peak,
+        train_peak_bytes=arm.train_memory and arm.train_memory.tensor_peak,
         tokens_first=arm.tokens[0] if arm.tokens else None,
         tokens_last=arm.tokens[-1] if arm.tokens else None,
     )

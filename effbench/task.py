@@ -162,6 +162,16 @@ class Task(ABC):
     def score(self, prepared: Any, split: str, outputs: dict[str, torch.Tensor]) -> dict[str, Items]:
         """Per-item scores of a whole split from the concatenated predictions."""
 
+    def agreement(
+        self, prepared: Any, split: str, baseline: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
+    ) -> dict[str, Items]:
+        """How far an arm answers as the baseline does, per item in [0, 1]: 1 where both rank the same answer first.
+
+        Args:
+            baseline, outputs: concatenated predictions of both on a whole split.
+        """
+        return {}
+
     @abstractmethod
     def metrics(self, prepared: Any, split: str) -> list[Metric]:
         """The metrics of a split, in the order in which they are shown."""

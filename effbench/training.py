@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from effbench import randomness
 from effbench.arms import trained_state
+from effbench.engine import engine
 from effbench.errors import EffbenchError
 from effbench.lockstep import Arm, Batch, Partial, Save, Setting, columns, inputs, kept_state, restore, steps
 from effbench.passes import evaluate
-from effbench.records import Protocol
 from effbench.task import Metric
 
 
@@ -31,16 +30,6 @@ def schedule(done: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
-def optimiser(model: nn.Module, protocol: Protocol) -> torch.optim.Optimizer:
-    """AdamW on what is trained; vectors and scalars are not decayed."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        dict(params=[p for p in trained if p.ndim > 1], weight_decay=protocol.weight_decay),
-        dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0),
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=protocol.lr, fused=True)
-
-
 def train(
     arms: list[Arm], seed: int, setting: Setting, sizes: dict[str, int], partial: Partial | None, save: Save
 ) -> Partial:
@@ -54,15 +43,17 @@ def train(
     per_epoch = sizes["train"] // size
     total = protocol.epochs * per_epoch
     metric = task.primary_metric(prepared, "dev")
-    optimisers = {arm.name: optimiser(arm.model, protocol) for arm in arms}
     kept: dict[str, dict[str, Any]] = {arm.name: dict(sum=0.0, losses=[], dev=[], state={}) for arm in arms}
     if partial:
         restore(arms, partial)
-        for arm in arms:
+        for arm in arms:  # before the engines take the weights over
             stored = partial["arms"][arm.name]
             arm.model.load_state_dict(stored["now"], strict=False)
-            optimisers[arm.name].load_state_dict(stored["optimiser"])
             kept[arm.name] = {key: stored[key] for key in ("sum", "losses", "dev", "state")}
+    engines = {arm.name: engine(arm.model, protocol) for arm in arms}
+    if partial:
+        for name, updates in engines.items():
+            updates.load_state_dict(partial["arms"][name]["optimiser"])
     start = partial["index"] + 1 if partial else 0
 
     def fetch(index: int) -> Batch:
@@ -73,23 +64,27 @@ def train(
         return batch | dict(index=torch.from_numpy(rows))
 
     def work(arm: Arm, batch: Batch, index: int) -> dict[str, float]:
-        optimizer = optimisers[arm.name]
-        for group in optimizer.param_groups:
-            group["lr"] = protocol.lr * schedule(index / total, protocol.warmup)
-        loss = task.loss(arm.model, inputs(arm, "train", batch))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        value = loss.item()
+        updates = engines[arm.name]
+        if protocol.schedule == "one-cycle":
+            updates.set_lr(protocol.lr * schedule(index / total, protocol.warmup))
+        loss = updates.loss(task.loss, inputs(arm, "train", batch))
+        arm.split.enter("backward")
+        updates.backward(loss)
+        arm.split.leave()
+        arm.split.enter("optimiser")
+        updates.step()
+        arm.split.leave()
+        value = updates.value(loss)
         if not math.isfinite(value):
             raise EffbenchError(f"the training loss is {value} at step {index + 1} of {total}", "try a lower --lr")
         return dict(loss=value)
 
     def state(index: int) -> Partial:
-        now = {
-            arm.name: dict(kept[arm.name], now=trained_state(arm.model), optimiser=optimisers[arm.name].state_dict())
-            for arm in arms
-        }
+        now = {}
+        for arm in arms:
+            updates = engines[arm.name]
+            with updates.whole():
+                now[arm.name] = dict(kept[arm.name], now=trained_state(arm.model), optimiser=updates.state_dict())
         return dict(index=index, arms=now, **kept_state(arms))
 
     def end_of_epoch() -> None:
@@ -99,12 +94,13 @@ def train(
             mine = kept[arm.name]
             mine["losses"].append(mine["sum"] / per_epoch)
             mine["sum"] = 0.0
-            with randomness.swapped(arm):
+            with engines[arm.name].whole(), randomness.swapped(arm):
                 value = reduce(metric, evaluate(arm, "dev", setting, sizes)[metric.items].values)
             mine["dev"].append(value)
             best = max if metric.higher_is_better else min
             if mine["dev"].index(best(mine["dev"])) == len(mine["dev"]) - 1:
-                mine["state"] = trained_state(arm.model)
+                with engines[arm.name].whole():  # anew: the forward passes of ZeRO-3 let go of the weights
+                    mine["state"] = trained_state(arm.model)
 
     setting.live.stage(f"training, seed {seed}, epochs x steps = {protocol.epochs} x {per_epoch}", total, start=start)
     training_mode(arms)

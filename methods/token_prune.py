@@ -44,6 +44,10 @@ class TokenPrune(Method):
                 "use fuse=false, or score=class_attention",
             )
 
+    @property
+    def claims(self) -> tuple[str, ...]:
+        return ("tokens",) if self.keep < 1 else ()
+
     def natural_phase(self) -> str:
         return "both" if self.score == "learned" else "test"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from effbench.alignment import Alignment, Prepared, ranks
+from effbench.alignment import Alignment, Prepared, best_answers, overlap, ranks
 from effbench.models.dual_encoder import DualEncoder
 from effbench.models.vocabulary import Vocabulary
 
@@ -90,3 +90,13 @@ def test_vocabulary():
     assert len(vocabulary) == 5  # padding, unknown, a, dog, end
     ids = vocabulary(["a dog barks", "A dog , a dog a dog"]).tolist()
     assert ids[0] == [2, 3, 1, 4, 0] and ids[1] == [2, 3, 2, 3, 4]  # cut before the end token, which stays
+
+
+def test_agreement_is_whole_with_oneself_and_counts_what_both_lists_hold():
+    gallery = torch.eye(6)
+    one, other = torch.eye(6)[:2] * 6 + torch.arange(6), torch.eye(6)[:2] * 6 - torch.arange(6)
+    best, worse = best_answers(one, gallery, 3), best_answers(other, gallery, 3)
+    assert best.tolist() == [[0, 5, 4], [1, 5, 4]] and worse.tolist() == [[0, 1, 2], [1, 0, 2]]
+    assert overlap(best, best).tolist() == [1, 1]
+    assert overlap(best, worse).tolist() == pytest.approx([1 / 3, 1 / 3])
+    assert best_answers(one, gallery[:2], 10).shape == (2, 2)

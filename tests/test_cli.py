@@ -96,12 +96,13 @@ def test_every_error_ends_in_one_message(cli, monkeypatch, error, code, said):
 
 
 def test_run_hands_over_every_parameter(cli, monkeypatch):
-    from effbench import experiment
+    from effbench import start as experiment
     from effbench.commands.run import run as command
 
     ours, theirs = inspect.signature(command).parameters, inspect.signature(experiment.run).parameters
-    assert {"methods", *ours} - {"method"} == set(theirs) - {"live"}
-    for name in set(ours) - {"method", "out"}:
+    beside = {"method", "preset", "context"}
+    assert {"methods", *ours} - beside == set(theirs) - {"live"}
+    for name in set(ours) - beside - {"out"}:
         assert ours[name].default == theirs[name].default, name
     seen = {}
     monkeypatch.setattr(experiment, "run", lambda methods, task, **options: seen.update(options, m=methods, t=task))

@@ -25,6 +25,7 @@ SMALL = dict(
     epochs=2,
     timing_pairs=8,
     threads=1,
+    memory_runs=0,
 )
 CLI = "from effbench.cli import main; raise SystemExit(main())"
 METHOD = "token_prune:keep=0.5,at=1/2"
@@ -52,7 +53,7 @@ def run(data, out, methods=(METHOD,), **options):
 def record(data, tmp_path_factory):
     """A run with a training-free arm and one that trains a scorer of its own."""
     out = tmp_path_factory.mktemp("out")
-    return out, run(data, out, [METHOD, LEARNED])
+    return out, run(data, out, [METHOD, LEARNED], memory_runs=1, batch_sweep="2/4")
 
 
 def test_a_run_leaves_a_record_and_a_leaderboard(record):
@@ -90,6 +91,128 @@ def test_measures(record):
     for arm in found.arms[1:]:
         assert arm.test_speedup.n == 8 and arm.image_speedup.value > 0
     assert set(method.metrics) == {f"{way}_{m}" for way in ("t2i", "i2t") for m in ("r1", "r5", "r10", "medr")}
+
+
+def test_what_each_arm_really_was(record):
+    _, found = record
+    baseline, method, learned = found.baseline(), found.arm(METHOD), found.arm(LEARNED)
+    assert set(baseline.kernels.attention) == {"sdpa:flash"} and set(baseline.kernels.precision) == {"fp32"}
+    assert baseline.kernels.threads == 1 and not baseline.kernels.compiled
+    assert baseline.structure.dtypes == {"fp32": baseline.weight_bytes}
+    assert "text_encoder" in baseline.structure.trained_layers and method.structure.trained_layers == ()
+    assert any("token_edit" in layer for layer in learned.structure.trained_layers)
+    assert not any(arm.structure.masked_tokens for arm in found.arms)
+    for arm in found.arms:
+        assert arm.test_flops.analytic == arm.test_flops.dense and arm.test_flops.useful <= arm.test_flops.dense
+    assert method.promised == pytest.approx(baseline.test_flops.dense / method.test_flops.work)
+    assert method.realised == pytest.approx(method.test_speedup.value / method.promised)
+    assert found.arm("noop").promised == 1 and found.arm("noop").ceiling == 1 < method.ceiling
+
+
+def test_where_the_time_goes_adds_up(record):
+    _, found = record
+    for split in (found.baseline().step_time, found.baseline().train_time, found.arm(LEARNED).train_time):
+        parts = split.image + split.text + split.overhead + split.head + split.backward + split.optimiser
+        assert parts == pytest.approx(split.compute) and split.first_step > 0
+        assert split.total == pytest.approx(split.compute + split.data_wait + split.transfer)
+    assert found.baseline().step_time.overhead == 0 < found.arm(METHOD).step_time.overhead
+    assert found.baseline().train_time.backward > 0 and found.baseline().train_time.optimiser > 0
+    assert found.baseline().step_time.steps == 8  # the warm-up is not among them
+
+
+def test_latency_throughput_and_the_sweep(record):
+    _, found = record
+    for arm in found.arms:
+        assert [timing.batch for timing in arm.by_batch] == [1, 2, 4, 8]  # 16 were asked for, 8 images are there
+        assert all(timing.seconds > 0 for timing in arm.by_batch)
+    assert found.arm(METHOD).by_batch[-1].speedup == found.arm(METHOD).test_speedup
+
+
+def test_memory_of_testing_and_of_training(record):
+    _, found = record
+    baseline = found.baseline()
+    assert baseline.memory.weights == baseline.weight_bytes and baseline.memory.gradients in (0, None)
+    assert baseline.memory.tensor_peak >= baseline.memory.weights + baseline.memory.activations
+    assert baseline.train_memory.gradients == 4 * baseline.trained_parameters
+    assert baseline.train_memory.optimiser >= 2 * baseline.train_memory.gradients
+    assert found.arm(METHOD).memory is not None and found.arm(METHOD).train_memory is None
+
+
+def test_agreement_with_the_baseline(record):
+    _, found = record
+    assert {figure.value for figure in found.arm("noop").agreement.values()} == {1.0}
+    assert 0 <= found.arm(METHOD).agreement["t2i_top1"].value <= 1 and found.baseline().agreement == {}
+
+
+def test_a_method_that_only_masks_is_found_out(data, tmp_path, monkeypatch):
+    """It says that it drops tokens, and the tensors keep their length."""
+    from effbench_methods.token_prune import Prune
+
+    def masks(self, state, projections):
+        state.tokens = torch.cat([state.tokens[:, :3], state.tokens[:, 3:] * 0], dim=1)
+
+    monkeypatch.setattr(Prune, "forward", masks)
+    found = run(data, tmp_path, timing_pairs=0)
+    assert found.arm(METHOD).structure.masked_tokens and not found.baseline().structure.masked_tokens
+    assert any("masked, not removed" in note for note in found.arm(METHOD).notes)
+    assert "masked, not removed" in (tmp_path / "README.md").read_text()
+
+
+def test_a_method_that_changes_the_shared_batch_ends_the_run(data, tmp_path, monkeypatch):
+    from effbench.models.dual_encoder import TimmFeatures
+
+    original = TimmFeatures.forward
+
+    def greedy(self, images):
+        if any(getattr(block, "token_edit", None) is not None for block in self.trunk.blocks):
+            images.mul_(0.5)
+        return original(self, images)
+
+    monkeypatch.setattr(TimmFeatures, "forward", greedy)
+    with pytest.raises(EffbenchError, match="changed the batch that all arms share") as stopped:
+        run(data, tmp_path, timing_pairs=0, train="none")
+    assert "clone" in stopped.value.hint and not list(tmp_path.glob("records/*/record.json"))
+
+
+def test_a_model_that_is_not_deterministic_is_no_baseline(data, tmp_path, monkeypatch):
+    from effbench.models.dual_encoder import TimmFeatures
+
+    original, calls = TimmFeatures.forward, [0]
+
+    def moody(self, images):
+        calls[0] += 1
+        noise = torch.randn(images.shape[0], self.width, generator=torch.Generator().manual_seed(calls[0]))
+        return original(self, images) + 10 * noise
+
+    monkeypatch.setattr(TimmFeatures, "forward", moody)
+    found = run(data, tmp_path, timing_pairs=0, train="none")
+    assert found.status == "INVALID" and "not deterministic" in found.why_invalid
+
+
+def test_a_metric_without_a_direction_is_refused(data, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from effbench.alignment import Alignment
+
+    original = Alignment.metrics
+    monkeypatch.setattr(Alignment, "metrics", lambda *a: [replace(m, higher_is_better=None) for m in original(*a)])
+    with pytest.raises(InvalidError, match="t2i_r1 of flickr8k does not say whether higher is better"):
+        run(data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_pairs_give_no_verdict(data, tmp_path):
+    found = run(data, tmp_path, timing_pairs=4, train="none")
+    figure = found.arm(METHOD).test_speedup
+    assert (figure.verdict, figure.n, figure.low) == ("TOO FEW SAMPLES", 4, None)
+    assert "TOO FEW SAMPLES (n = 4)" in (tmp_path / "README.md").read_text()
+
+
+def test_timing_goes_on_until_it_is_sure_or_the_budget_ends(data, tmp_path):
+    found = run(data, tmp_path, timing_pairs=6, train="none", until=1e-9, budget=1.0)
+    assert found.arm(METHOD).test_speedup.n > 6 and (found.provenance.until, found.provenance.budget) == (1e-9, 1.0)
+    sure = run(data, tmp_path, timing_pairs=6, train="none", until=0.999)
+    assert sure.arm(METHOD).test_speedup.n < 200
 
 
 def test_noop_is_the_baseline_to_the_bit_and_identity_to_rounding(record):
@@ -142,7 +265,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been(whole, data, tmp_path, monkeypa
     steps = effbench.load(tmp_path, samples=True)
     steps = steps[steps["kind"] == "step"]
     assert not steps.duplicated(["arm", "seed", "phase", "index"]).any()
-    assert set(steps["phase"]) == {"train", "quality", "timing"} | ({"features"} if train == "locked" else set())
+    assert set(steps["phase"]) == {"train", "quality", "timing 8", "timing 1"} | (
+        {"features"} if train == "locked" else set()
+    )
 
 
 def test_another_number_of_threads_does_not_resume(data, tmp_path, monkeypatch):
@@ -220,6 +345,15 @@ def test_dry_run_writes_nothing(data, tmp_path, capsys):
         (dict(batch_size=1), UsageError, "--batch-size 1"),
         (dict(seeds=0), UsageError, "--seeds 0"),
         (dict(data="nowhere"), InvalidError, "nowhere"),
+        (dict(batch_sweep="1/x"), UsageError, "not batch sizes"),
+        (dict(batch_sweep="0"), UsageError, "not batch sizes"),
+        (dict(device="tpu"), UsageError, "--device tpu"),
+        pytest.param(
+            dict(device="cuda:0"),
+            UsageError,
+            "sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_any_work(data, tmp_path, options, error, message):
@@ -254,6 +388,7 @@ def test_a_real_kill_resumes_from_the_command_line(data, tmp_path):
     command = [sys.executable, "-c", CLI, "run", "--method", METHOD, "--data", str(data), "--out", str(tmp_path)]
     command += ["--backbone", SMALL["backbone"], "--weights", "random", "--image-size", "32", "--batch-size", "8"]
     command += ["--epochs", "40", "--timing-pairs", "0", "--threads", "1", "--checkpoint-every", "0"]
+    command += ["--memory-runs", "0"]
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".partial/*/checkpoint.pt")) and time.monotonic() < deadline:

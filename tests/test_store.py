@@ -115,7 +115,7 @@ TEXT = make_record().model_dump_json()
         ("", "truncated or not JSON"),
         ("[" * 100_000, "truncated or not JSON"),
         ("{}", "schema_version|id"),
-        (edited(lambda r: r.update(schema_version=2)), "newer effbench"),
+        (edited(lambda r: r.update(schema_version=3)), "newer effbench"),
         (edited(lambda r: r.update(wall_time=float("nan"))), "wall_time: Input should be a finite"),
         (edited(lambda r: r.update(id="../../etc")), "id: String should match"),
         (edited(lambda r: r["arms"][1].update(tokens=[-1])), "arms.1.tokens.0"),
@@ -185,3 +185,30 @@ def test_load_gives_one_tidy_row_per_arm(tmp_path):
     assert frame.tokens_last.tolist()[0] == 197 and frame.test_flops.isna().all()
     with pytest.raises(InvalidError):
         store.load(tmp_path / "nowhere")
+
+
+def test_records_and_samples_of_schema_1_stay_readable(tmp_path):
+    """What schema 2 added is absent from them."""
+    dump = json.loads(make_record().model_dump_json())
+    dump["schema_version"] = 1
+    for name in ("energy", "calibration"):
+        del dump[name]
+    for arm in dump["arms"]:
+        for name in ("promised", "realised", "kernels", "structure", "train_memory", "by_batch", "agreement"):
+            del arm[name]
+    for name in ("schedule", "engine", "zero_stage", "processes"):
+        del dump["envelope"]["protocol"][name]
+    folder = tmp_path / "records" / "run-1"
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(json.dumps(dump))
+    old = (
+        steps()
+        .assign(image_seconds=0.5)
+        .drop(columns="loss")
+        .reindex(columns=[name for name in samples.TYPES if name not in samples.LATER])
+    )
+    old.to_parquet(folder / "samples.parquet", index=False)
+    record = store.read(folder)
+    assert record.envelope.digest == make_record().envelope.digest and record.arm("token_prune").promised is None
+    frame = store.load(tmp_path, samples=True)
+    assert frame["image_seconds"].tolist() == [0.5] * 3 and frame["text_seconds"].isna().all()

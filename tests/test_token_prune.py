@@ -9,11 +9,11 @@ from tiny import IMAGES, clip, vit
 
 import effbench
 from effbench.errors import UsageError
+from effbench.examine import tokens_per_layer
 from effbench.measure.flops import flops
 from effbench.method import TrainingPlan
 from effbench.models.tower import view
 from effbench.registry import methods
-from effbench.results import tokens_per_layer
 from effbench_methods.algorithms.selection import farthest, fuse_rest, gather, stride
 from effbench_methods.token_prune import SCORES, Prune, TokenPrune
 

@@ -1,4 +1,4 @@
-"""`effbench run`: what is asked on the command line, handed to `effbench.experiment.run`."""
+"""`effbench run`: what is asked on the command line, handed to `effbench.start.run`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from effbench.commands.preset import run_preset
 from effbench.errors import InvalidError
+from effbench.quantities import duration, share
 from effbench.terminal import console, say
 
 if TYPE_CHECKING:
@@ -17,9 +19,13 @@ What, Training, Timing, Running = "What is compared", "Training", "Timing", "Run
 
 
 def run(
+    context: typer.Context,
     method: Annotated[
         list[str] | None,
         typer.Option(help="An arm: NAME[:param=value,...], joined by + for a stack. Repeatable.", rich_help_panel=What),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A whole comparison by name; effbench list presets", rich_help_panel=What)
     ] = None,
     task: Annotated[str, typer.Option(help="effbench list tasks", rich_help_panel=What)] = "flickr8k",
     backbone: Annotated[
@@ -70,6 +76,34 @@ def run(
     timing_pairs: Annotated[
         int, typer.Option(min=0, help="Timed pairs of baseline and arm.", rich_help_panel=Timing)
     ] = 30,
+    until: Annotated[
+        float | None,
+        typer.Option(
+            parser=share, metavar="SHARE", help="Time on until intervals are this narrow: 2%.", rich_help_panel=Timing
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            parser=duration, metavar="TIME", help="Time no longer than this, e.g. 60s.", rich_help_panel=Timing
+        ),
+    ] = None,
+    batch_sweep: Annotated[
+        str,
+        typer.Option(
+            metavar="N/N/...", help="Time these batch sizes too: from which on does it pay?", rich_help_panel=Timing
+        ),
+    ] = "",
+    memory_runs: Annotated[
+        int, typer.Option(min=0, help="Fresh processes per arm that measure memory; 0: none.", rich_help_panel=Timing)
+    ] = 3,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.", rich_help_panel=Running)] = "auto",
+    engine: Annotated[
+        Literal["plain", "deepspeed"], typer.Option(help="What updates the weights.", rich_help_panel=Training)
+    ] = "plain",
+    zero_stage: Annotated[
+        int, typer.Option(min=0, max=3, help="What DeepSpeed's ZeRO shards.", rich_help_panel=Training)
+    ] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder of the leaderboard and its records.", rich_help_panel=Running)
     ] = Path("leaderboard"),
@@ -87,8 +121,10 @@ def run(
 
     Without --method the baseline runs alone with its controls. The same command resumes a run that was stopped.
     """
-    from effbench.experiment import run as run_experiment
+    if preset is not None:
+        return run_preset(preset, context)
     from effbench.report.show import print_record
+    from effbench.start import run as run_experiment
 
     record = run_experiment(
         method or [],
@@ -109,6 +145,13 @@ def run(
         threads=threads,
         timing_batch=timing_batch,
         timing_pairs=timing_pairs,
+        until=until,
+        budget=budget,
+        batch_sweep=batch_sweep,
+        memory_runs=memory_runs,
+        device=device,
+        engine=engine,
+        zero_stage=zero_stage,
         out=out,
         dry_run=dry_run,
         fresh=fresh,

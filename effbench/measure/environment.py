@@ -8,9 +8,9 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from effbench.measure.machine import cpu_info, machine
 from effbench.records import Provenance
 
-CPU_INFO = Path("/proc/cpuinfo")
 LIBRARIES = (
     "torch",
     "torchvision",
@@ -51,25 +51,28 @@ def device_model(device: str = "cpu") -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
-    count = cores()
-    return f"{_cpu_model()}, {count} core{'s' if count > 1 else ''}"
+    count, model = cores(), cpu_info().get("model") or platform.machine() or "unknown processor"
+    return f"{model}, {count} core{'s' if count > 1 else ''}"
 
 
-def provenance(command: str) -> Provenance:
-    """What is shown beside a result: commit, library versions, platform, load.
+def provenance(command: str, device: str = "cpu") -> Provenance:
+    """What is shown beside a result: commit, library versions, platform, machine, load.
 
     Args:
         command: the command line that the result came from.
+        device: whose driver and clocks are told.
     """
     versions = {name: version for name in LIBRARIES if (version := _version(name))}
+    commit, branch = _git(Path(__file__).resolve().parents[2])
     return Provenance(
         command=command[:4000],
         effbench=_version("effbench"),
-        commit=_commit(Path(__file__).resolve().parents[2]),
+        commit=commit,
         versions=versions,
         platform=platform.platform(),
         python=platform.python_version(),
         load=load_per_core(),
+        machine=machine(device) | ({"git branch": branch[:199]} if branch else {}),
         threading={name: os.environ[name] for name in sorted(os.environ) if name.startswith(THREADING)},
     )
 
@@ -81,22 +84,18 @@ def _version(distribution: str) -> str:
         return ""
 
 
-def _cpu_model() -> str:
-    try:
-        lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "cpu model")))
-    return next(models, "") or platform.machine() or "unknown processor"
-
-
-def _commit(checkout: Path) -> str:
-    """Commit of a git checkout, ending in `-dirty` where tracked files differ from it; empty elsewhere."""
+def _git(checkout: Path) -> tuple[str, str]:
+    """Commit of a checkout, ending in `-dirty` where tracked files differ from it, and its branch; empty elsewhere."""
     if not (checkout / ".git").exists():
-        return ""
-    command = ["git", "--no-optional-locks", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
+        return "", ""
+    command = ["git", "--no-optional-locks", "-C", str(checkout), "status", "--porcelain=v2", "--branch"]
     try:
-        found = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, timeout=2, check=True)
+        found = subprocess.run(
+            [*command, "--untracked-files=no"], capture_output=True, text=True, errors="replace", timeout=2, check=True
+        )
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return found.stdout.strip()
+        return "", ""
+    lines = found.stdout.splitlines()
+    facts = dict(line.removeprefix("# branch.").split(" ", 1) for line in lines if line.startswith("# branch."))
+    dirty = "-dirty" * any(not line.startswith("#") for line in lines)
+    return facts.get("oid", "") + dirty, facts.get("head", "")

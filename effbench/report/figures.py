@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from effbench.records import Arm, Flops, Interval, MetricValue, Record, Speedup, TimeSplit
+from effbench.records import Arm, Calibration, Flops, Interval, Memory, MetricValue, Record, Speedup, TimeSplit
 
 NONE = "—"
 
@@ -28,12 +28,69 @@ def ratio(figure: Speedup | None) -> str:
     return NONE if figure is None else f"{figure.value:.2f}x{bounds(figure)}"
 
 
+def verdict(figure: Speedup | None) -> str:
+    """The verdict; with the number of pairs where they were too few."""
+    if figure is None:
+        return NONE
+    return f"{figure.verdict} (n = {figure.n})" if figure.verdict == "TOO FEW SAMPLES" else figure.verdict
+
+
+def percent(share: float | None) -> str:
+    return NONE if share is None else f"{100 * share:.0f} %"
+
+
+def share(figure: Interval | None) -> str:
+    """A fraction as per cent with its interval."""
+    return NONE if figure is None else f"{100 * figure.value:.1f} %{bounds(figure, 100, 1)}"
+
+
+def no_loss(value: MetricValue | None) -> str:
+    """Whether no loss may be claimed: `within 1 %`, or `not shown`."""
+    if value is None or value.equivalent is None or value.margin is None:
+        return NONE
+    return f"within {100 * value.margin:g} %" if value.equivalent else "not shown"
+
+
+def peak(memory: Memory | None) -> int | None:
+    """Peak of all tensors together; of the process where those were not counted."""
+    return memory and (memory.run_peak if memory.tensor_peak is None else memory.tensor_peak)
+
+
+def by_layer(tokens: tuple[int, ...]) -> str:
+    """Tokens by layer with repeats counted: `197 x3, 138 x3`."""
+    runs: list[list[int]] = []
+    for n in tokens:
+        if runs and runs[-1][0] == n:
+            runs[-1][1] += 1
+        else:
+            runs.append([n, 1])
+    return ", ".join(f"{n} x{times}" for n, times in runs) or NONE
+
+
+def calibration(found: Calibration | None) -> str:
+    """What A/A trials of the machine say about its figures."""
+    if found is None:
+        return "not calibrated (effbench calibrate)"
+    false = sum(found.verdicts.get(each, 0) for each in ("FASTER", "SLOWER"))
+    return (
+        f"calibrated {found.created:%Y-%m-%d}: of {found.trials} A/A trials 95 % were within "
+        f"{100 * found.noise_floor:.1f} %, {100 * found.coverage:.1f} % of intervals held 1, {false} false verdicts"
+    )
+
+
+def energy(source: str) -> str:
+    """How energy was measured, or why it was not."""
+    return source if not source or "not measurable" in source else f"energy from {source}"
+
+
 def gflops(flops: Flops | None) -> str:
-    """GFLOPs; `≥` marks a lower bound, `+` the method's own scoring and matching."""
+    """GFLOPs; `≥` marks a lower bound, `+` the method's own scoring, `≠` that the formulas differ by over 1 %."""
     if flops is None:
         return NONE
     own = f" +{number(flops.overhead / 1e9, 2)}" if flops.overhead else ""
-    return f"{'' if flops.complete else '≥ '}{number(flops.dense / 1e9)}{own}"
+    counted = flops.dense + 2 * flops.low_bit_macs
+    other = "" if flops.analytic is None or abs(flops.analytic - counted) <= 0.01 * counted else " ≠"
+    return f"{'' if flops.complete else '≥ '}{number(flops.dense / 1e9)}{own}{other}"
 
 
 def mebibytes(count: int | None) -> str:

@@ -9,18 +9,17 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from effbench import store
 from effbench.errors import EffbenchError
 from effbench.records import Arm, Envelope, Record
-from effbench.report import figures
-from effbench.report.markdown import code, escape, table
+from effbench.report import figures, tables
+from effbench.report.markdown import code, escape
+from effbench.report.tables import Row
 
 KINDS = ("baseline", "method", "control")
-MAX_METRICS = 9
 INTRODUCTION = """\
 # effbench leaderboard
 
@@ -29,24 +28,21 @@ Written by `effbench leaderboard` from the records in [records](records); do not
 - Every table is one *envelope*: the same task, data, weights, protocol and device. Rows of two tables are never ranked
   together.
 - Order: the baseline, then the methods by test speed-up, then the controls.
-- Speed-up: median of the paired ratios baseline time / arm time, with its 95 % interval. A speed-up inside the band of
-  `noop`, a second untouched baseline, is noise.
+- Speed-up: median of the paired ratios baseline time / arm time, with its 95 % interval. FASTER and SLOWER need an
+  interval that excludes 1 and a median beyond 3 %; NO DIFFERENCE an interval within 3 %; AMBIGUOUS is an answer. A
+  speed-up inside the band of `noop`, a second untouched baseline, is noise.
+- FLOPs promise: FLOPs of the baseline / FLOPs of the arm, its own scoring and matching included. Realised: measured
+  speed-up / promise.
 - GFLOPs: per image-caption pair at test time, 1 MAC = 2 FLOPs; `+` is the method's own scoring, `≥` a lower bound.
-  Tokens: those that enter the first and the last block's MLP. Peak: memory of a test step in a process of its own,
-  libraries not counted; one measurement, good to some 10 MiB.
+  Useful: what masks leave of them. Low-bit: bit operations, not within GFLOPs. Analytic: the same by the layers'
+  formulas; `≠` where it is off by more than 1 %.
+- Tokens: those that enter the first and the last block's MLP. Peak: all tensors that live together in a test step, in a
+  process of its own; the process's own growth stands beside it under Memory.
 - Train: — where an arm uses the baseline's own weights. Where the image tower is locked its features are computed once;
   that pass is part of the training time, and its FLOPs are spread over the epochs.
-- Lossy-ness: 1 - quality / baseline's quality, with its 95 % interval; negative is better than the baseline.
+- Lossy-ness: 1 - quality / baseline's quality, with its 95 % interval; negative is better than the baseline. No loss is
+  claimed only where two one-sided tests at 5 % put it within the margin.
 """
-
-
-@dataclass(frozen=True)
-class Row:
-    """An arm as it is shown: the record it comes from, and how many records of the envelope hold that arm."""
-
-    arm: Arm
-    record: Record
-    count: int
 
 
 def write_leaderboard(root: Path) -> Path:
@@ -127,13 +123,29 @@ def _section(digest: str, records: list[Record], differing: list[str]) -> str:
     rows = _rows(valid)
     parts = [_heading(envelope, digest), _conditions(envelope), _warning(envelope, differing)]
     if rows:
-        parts += ["**Cost**", _cost(rows), "**Quality**", _quality(rows, newest), "**Time**", _time(rows)]
+        parts += ["**Cost**", tables.cost(rows), "**Quality**", tables.quality(rows, newest)]
+        parts += ["**Where the speed-up comes from**", tables.origin(rows)]
+        parts += [_folded(title, make(rows)) for title, make in FOLDED.items()]
         parts.append(_measured(rows, len(valid)))
     invalid = [record for record in records if record.status != "ok"]
     if invalid:
         listed = (f"- `{each.id}`: {escape(each.why_invalid) or 'no reason given'}" for each in invalid)
         parts.append("**Invalid runs, not ranked**\n\n" + "\n".join(listed))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+FOLDED = {
+    "Latency and throughput": tables.batches,
+    "Where a test step's time goes": tables.step,
+    "Where training time goes, in seconds": tables.training,
+    "Memory in MiB": tables.memory,
+    "What each arm really was": tables.anatomy,
+}
+
+
+def _folded(title: str, text: str) -> str:
+    """A table that a page shows on demand; nothing where it is empty."""
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" if text else ""
 
 
 def _heading(envelope: Envelope, digest: str) -> str:
@@ -204,70 +216,6 @@ def _rows(records: list[Record]) -> list[Row]:
     return sorted(rows, key=rank)
 
 
-def _name(row: Row) -> str:
-    name = escape(figures.label(row.arm))
-    name = f"**{name}**" if row.arm.kind == "baseline" else name
-    return name + (f" ({row.count} runs)" if row.count > 1 else "")
-
-
-def _cost(rows: list[Row]) -> str:
-    header = ["arm", "phase", "test speed-up", "verdict", "image tower", "train speed-up", "GFLOPs", "tokens"]
-    header += ["params M", "weights MiB", "peak MiB", "status"]
-    cells = []
-    for row in rows:
-        arm = row.arm
-        train = figures.ratio(arm.train_speedup) if arm.train_time else figures.NONE
-        cells.append(
-            [
-                _name(row),
-                figures.NONE if arm.kind == "baseline" else arm.phase,
-                figures.ratio(arm.test_speedup),
-                arm.test_speedup.verdict if arm.test_speedup else figures.NONE,
-                figures.ratio(arm.image_speedup),
-                train,
-                figures.gflops(arm.test_flops),
-                figures.tokens(arm),
-                figures.number(arm.parameters / 1e6) if arm.parameters else figures.NONE,
-                figures.mebibytes(arm.weight_bytes),
-                figures.mebibytes(arm.memory and arm.memory.run_peak),
-                escape(figures.status(arm)),
-            ]
-        )
-    return table(header, cells)
-
-
-def _time(rows: list[Row]) -> str:
-    """Seconds as they were; what an arm waits for is shared by all."""
-    header = ["arm", "train", "data wait", "of it features", "GFLOPs per pair and step", "test", "data wait"]
-    cells = []
-    for row in rows:
-        train, test = row.arm.train_time, row.arm.test_time
-        cells.append(
-            [
-                _name(row),
-                figures.seconds(train),
-                figures.waiting(train),
-                f"{figures.number(train.features)} s" if train and train.features else figures.NONE,
-                figures.gflops(row.arm.train_flops),
-                figures.seconds(test),
-                figures.waiting(test),
-            ]
-        )
-    return table(header, cells)
-
-
-def _quality(rows: list[Row], record: Record) -> str:
-    primary = record.primary_metric
-    names = [primary, *(name for name in record.envelope.metrics if name != primary)][:MAX_METRICS]
-    header = ["arm", f"lossy-ness of {escape(primary)}", *(escape(figures.heading(record, name)) for name in names)]
-    cells = []
-    for row in rows:
-        found = row.arm.metrics
-        values = [figures.metric(found.get(name), interval=name == primary) for name in names]
-        cells.append([_name(row), escape(figures.lossiness(found.get(primary))), *values])
-    return table(header, cells)
-
-
 def _measured(rows: list[Row], total: int) -> str:
     """The records that the rows come from: noise floor, kernel effect, machine, command, notes."""
     shown = {row.record.id: row.record for row in rows}
@@ -282,8 +230,10 @@ def _measured(rows: list[Row], total: int) -> str:
         load = record.provenance.load
         facts = [
             f"noise floor (noop) {floor}",
+            figures.calibration(record.calibration),
             f"kernel effect (identity) {kernel}",
             f"load {load:.2f} per core" if load is not None else "",
+            escape(figures.energy(record.energy)),
             f"{record.wall_time:.0f} s",
             f"peak {figures.mebibytes(record.peak_memory)} MiB" if record.peak_memory else "",
             f"lockstep overhead {100 * record.lockstep_overhead:.1f} %",

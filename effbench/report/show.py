@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from effbench import store
+from effbench import parity, store
 from effbench.records import Arm, Record
 from effbench.report import figures
 from effbench.report.markdown import clean
@@ -37,14 +37,29 @@ def print_record(record: Record, console: Console) -> None:
     if record.status != "ok":
         console.print(Text(f"INVALID: {clean(record.why_invalid, None)}", style="bold red"))
     console.print(_cost(arms))
+    if any(arm.step_time for arm in arms):
+        console.print(_time(arms, protocol.timing_batch))
     console.print(_quality(arms, record, 8 if console.width >= WIDE else MAX_METRICS))
     floor, kernel = (next((arm for arm in arms if arm.control == name), None) for name in ("noop", "identity"))
     console.print(
-        f"noise floor (noop) {figures.ratio(floor and floor.test_speedup)} · "
-        f"kernel effect (identity) {figures.ratio(kernel and kernel.test_speedup)}",
-        highlight=False,
-        markup=False,
+        Text(
+            f"noise floor (noop) {figures.ratio(floor and floor.test_speedup)} · "
+            f"kernel effect (identity) {figures.ratio(kernel and kernel.test_speedup)}\n"
+            f"this machine: {figures.calibration(record.calibration)}"
+        )
     )
+    for arm in arms:
+        if arm.method_speedup and kernel and kernel.test_speedup and arm.kind == "method":
+            differs = "; ".join(parity.differs(record.baseline().kernels, arm.kernels))
+            console.print(
+                Text(
+                    f"{clean(arm.name)}: {figures.ratio(arm.test_speedup)} = kernel effect "
+                    f"{kernel.test_speedup.value:.2f}x x method effect {figures.ratio(arm.method_speedup)} "
+                    f"({clean(differs, None)})"
+                )
+            )
+    if record.energy:
+        console.print(Text(figures.energy(clean(record.energy, None)), style="dim"))
     for arm in arms:
         if arm.status != "ok":
             console.print(Text(f"{clean(arm.name)} {arm.status}: {clean(arm.error, None)}", style="red"))
@@ -81,21 +96,48 @@ def _fill(table: Table, arms: list[Arm], cells: Callable[[Arm], list[str | Text]
 
 
 def _cost(arms: list[Arm]) -> Table:
-    columns = ["test speed-up", "image", "train", "GFLOPs", "tokens", "params\nM", "weights\nMiB", "peak\nMiB"]
+    columns = ["test speed-up", "FLOPs\npromise", "realised", "image", "train", "GFLOPs", "tokens"]
+    columns += ["weights\nMiB", "peak\nMiB"]
 
     def cells(arm: Arm) -> list[str | Text]:
         return [
             _speed(arm),
+            f"{arm.promised:.2f}x" if arm.promised else figures.NONE,
+            figures.percent(arm.realised),
             f"{arm.image_speedup.value:.2f}x" if arm.image_speedup else figures.NONE,
             f"{arm.train_speedup.value:.2f}x" if arm.train_speedup and arm.train_time else figures.NONE,
             figures.gflops(arm.test_flops).replace(" +", "\n+"),
             figures.tokens(arm),
-            figures.number(arm.parameters / 1e6) if arm.parameters else figures.NONE,
             figures.mebibytes(arm.weight_bytes),
-            figures.mebibytes(arm.memory and arm.memory.run_peak),
+            figures.mebibytes(figures.peak(arm.memory)),
         ]
 
     return _fill(_table("Cost", columns), arms, cells)
+
+
+def _time(arms: list[Arm], batch: int) -> Table:
+    """Milliseconds of a timed step by what they went to; latency and throughput; end to end and the ceiling."""
+    parts = ("image", "text", "overhead", "head", "data_wait")
+    columns = ["image", "text", "method\noverhead", "head", "data\nwait", "first\nstep", "latency\nms", "images/s"]
+    columns += ["end to\nend", "Amdahl\nceiling", "pays from\nbatch"]
+
+    def cells(arm: Arm) -> list[str | Text]:
+        time, found = arm.step_time, {timing.batch: timing for timing in arm.by_batch}
+        if time is None:
+            return [figures.NONE] * len(columns)
+        spent = [getattr(time, part) for part in parts]
+        at = found.get(batch)
+        return [
+            *(figures.number(1000 * value / time.steps) if value else figures.NONE for value in spent),
+            figures.number(1000 * time.first_step),
+            figures.number(1000 * found[1].seconds) if 1 in found else figures.NONE,
+            figures.number(batch / at.seconds) if at and at.seconds else figures.NONE,
+            f"{arm.end_to_end_speedup.value:.2f}x" if arm.end_to_end_speedup else figures.NONE,
+            f"{arm.ceiling:.2f}x" if arm.ceiling and arm.ceiling > 1 else figures.NONE,
+            str(arm.pays_from or figures.NONE),
+        ]
+
+    return _fill(_table(f"Time of a test step of {batch} images, in ms", columns), arms, cells)
 
 
 def _speed(arm: Arm) -> Text:
@@ -103,9 +145,9 @@ def _speed(arm: Arm) -> Text:
         return Text(arm.status, style="red")
     if arm.test_speedup is None:
         return Text(figures.NONE)
-    verdict = arm.test_speedup.verdict
+    style = VERDICT_STYLES.get(arm.test_speedup.verdict, "")
     value, _, interval = figures.ratio(arm.test_speedup).partition(" ")
-    text = Text.assemble(f"{value} ", (verdict, VERDICT_STYLES.get(verdict, "")))
+    text = Text.assemble(f"{value} ", (figures.verdict(arm.test_speedup), style))
     return text.append(f"\n{interval}") if interval else text
 
 

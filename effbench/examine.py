@@ -1,0 +1,171 @@
+"""What an arm is, as it stands at run time: FLOPs, tokens, kernels, dtypes, memory. Nothing here is timed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from effbench import records
+from effbench.errors import EffbenchError
+from effbench.measure.analytic import analytic_of, disagreement
+from effbench.measure.flops import FlopCount, flops_of
+from effbench.measure.kernels import kernels
+from effbench.measure.memory import probe, weight_bytes
+from effbench.measure.structure import structure
+from effbench.memory_probe import make_step, make_training_step
+from effbench.training import training_mode
+
+if TYPE_CHECKING:
+    from effbench.arms import ArmPlan
+    from effbench.experiment import Experiment
+    from effbench.lockstep import Arm, Batch
+
+
+def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Facts of an arm, as fields of `records.Arm`, and a signature of each of its parts.
+
+    Args:
+        training: the arm as it trains; None where it uses the baseline's weights.
+
+    Returns:
+        the fields; and by part ("image", "text", "head") what tells whether a method changed it.
+    """
+    task = experiment.task
+    batch = experiment.setting.to_device(
+        task.batch(experiment.prepared, "test", np.arange(1), np.random.default_rng(0))
+    )
+
+    def step() -> None:
+        task.predict(arm.model, batch)
+
+    with torch.inference_mode():
+        seen = kernels(step)
+    with torch.no_grad():
+        count = flops_of(step, arm.model)
+        formulas = analytic_of(step, arm.model)
+    facts: dict[str, Any] = dict(
+        test_flops=_flops([(count, 1)], 1).model_copy(
+            update=dict(analytic=None if formulas.without_formula else formulas.flops)
+        ),
+        tokens=tokens_per_layer(task.parts(arm.model).get("image", arm.model), step),
+        parameters=sum(p.numel() for p in arm.model.parameters()),
+        weight_bytes=weight_bytes(arm.model),
+        kernels=seen,
+        structure=structure(arm.model, training.model if training is not None else None),
+    )
+    if training is not None:
+        facts["trained_parameters"] = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
+        facts["train_flops"] = _training_flops(experiment, training)
+    facts["notes"] = tuple(note for note in [disagreement(count, formulas)] if note)
+    return facts, _signatures(arm.model, task.parts(arm.model), count)
+
+
+def _training_flops(experiment: Experiment, arm: Arm) -> records.Flops:
+    """Of one training step per pair; a feature pass that is done once is spread over the epochs."""
+    task = experiment.task
+    batch = training_batch(experiment, arm, 2)
+    cached = "features" in batch
+    training_mode([arm])
+    parts = []
+    if cached:
+        image = batch.pop("image")
+        with torch.no_grad():
+            parts.append(
+                (flops_of(lambda: task.frozen_features(arm.model, image), arm.model), experiment.protocol.epochs)
+            )
+    parts.append((flops_of(lambda: task.loss(arm.model, batch).backward(), arm.model), 1))
+    return _flops(parts, 2)
+
+
+def training_batch(experiment: Experiment, arm: Arm, pairs: int) -> Batch:
+    """A training batch of an arm; with "features" beside "image" where those of its frozen tower are computed once."""
+    rows = np.arange(min(pairs, experiment.sizes["train"]))
+    batch = experiment.task.batch(experiment.prepared, "train", rows, np.random.default_rng(0))
+    batch = experiment.setting.to_device(batch)
+    if experiment.caches_features(arm):
+        with torch.no_grad():
+            batch["features"] = experiment.task.frozen_features(arm.model, batch["image"])
+    return batch
+
+
+def _flops(counts: list[tuple[FlopCount, int]], pairs: int) -> records.Flops:
+    """Per pair, each count divided by the number of times that its result is used."""
+
+    def total(field: str) -> int:
+        return round(sum(getattr(count, field) / times for count, times in counts) / pairs)
+
+    return records.Flops(
+        dense=total("dense_flops"),
+        useful=total("useful_flops"),
+        low_bit=total("low_bit_ops"),
+        low_bit_macs=total("low_bit_macs"),
+        overhead=total("overhead_flops"),
+        complete=all(count.complete for count, _ in counts),
+        unknown=tuple(sorted({op for count, _ in counts for op in count.unknown_ops})),
+    )
+
+
+def _signatures(model: nn.Module, parts: dict[str, nn.Module], count: FlopCount) -> dict[str, Any]:
+    """What a part computes and is made of: FLOPs, classes of its modules, dtypes of its weights."""
+    names = {module: name for name, module in model.named_modules()}
+    found: dict[str, Any] = {}
+    claimed: set[str] = set()
+    for part, module in parts.items():
+        prefix = names.get(module, "")
+        layers = {layer for layer in count.by_layer if layer == prefix or layer.startswith(f"{prefix}.")}
+        claimed |= layers
+        found[part] = _signature(module, sum(count.by_layer[layer] for layer in layers))
+    rest = sum(flops for layer, flops in count.by_layer.items() if layer not in claimed)
+    found["head"] = rest
+    return found
+
+
+def _signature(module: nn.Module, flops: int) -> tuple[Any, ...]:
+    tensors = [*module.parameters(), *module.buffers()]
+    return flops, Counter(type(m).__qualname__ for m in module.modules()), Counter(t.dtype for t in tensors)
+
+
+def tokens_per_layer(model: nn.Module, forward: Callable[[], object]) -> tuple[int, ...]:
+    """Tokens that enter each block's MLP in one forward pass, as the tensors really were."""
+    seen: list[int] = []
+    blocks = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "mlp"]
+    handles = [m.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1])) for m in blocks]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(seen)
+
+
+def memory(experiment: Experiment, plan: ArmPlan, training: Arm | None) -> tuple[dict[str, Any], list[str]]:
+    """Memory of a test step and, where the arm trains, of a training step; and why one was not measured."""
+    protocol, facts, notes = experiment.protocol, {}, []
+    if not experiment.memory_runs:
+        return facts, notes
+    rows = np.arange(min(protocol.timing_batch, experiment.sizes["test"]))
+    batches = {"memory": experiment.task.batch(experiment.prepared, "test", rows, np.random.default_rng(0))}
+    if training is not None:
+        batch = training_batch(experiment, training, protocol.batch_size)
+        if "features" in batch:
+            del batch["image"]
+        batches["train_memory"] = batch
+    for field, batch in batches.items():
+        shapes = {key: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for key, value in batch.items()}
+        build = make_step if field == "memory" else make_training_step
+        arguments = (experiment.name, plan, experiment.recipe, experiment.backbone.origin, protocol, shapes)
+        try:
+            facts[field], problem = probe(
+                build, *arguments, device=protocol.device, threads=protocol.threads, runs=experiment.memory_runs
+            )
+        except EffbenchError as error:
+            problem = str(error)
+        if problem:
+            notes.append(f"memory of a {'training' if field == 'train_memory' else 'test'} step: {problem}")
+    return facts, notes

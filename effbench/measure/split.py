@@ -1,0 +1,58 @@
+"""Where a step's time goes: the towers, the method's own work, backward pass and optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from effbench.measure.clock import Clock
+
+
+class Split:
+    """Marks the parts of one arm's steps. Hooks are in place only inside the context, which surrounds one timed step.
+
+    A part within another (a method's scoring inside the tower) is taken off the outer one. What no part claims is the
+    head: projection, similarity and loss.
+
+    Args:
+        parts: modules by name, e.g. "image" and "text"; their forward passes are timed.
+        model: its modules that are a method's overhead (`is_overhead`) make the part "overhead".
+    """
+
+    def __init__(self, parts: dict[str, nn.Module], model: nn.Module, clock: Clock) -> None:
+        self.clock = clock
+        self.modules = list(parts.items())
+        self.modules += [("overhead", m) for m in model.modules() if getattr(type(m), "is_overhead", False)]
+        self.marks: list[tuple[str, Any]] = []
+        self.open: list[str] = []
+
+    def enter(self, name: str) -> None:
+        """A part begins; the one around it waits."""
+        self.open.append(name)
+        self.marks.append((name, self.clock.mark()))
+
+    def leave(self) -> None:
+        """The innermost part ends, and the one around it goes on."""
+        self.open.pop()
+        self.marks.append((self.open[-1] if self.open else "head", self.clock.mark()))
+
+    def __enter__(self) -> Split:
+        self.marks, self.open = [], []
+        self.handles = []
+        for name, module in self.modules:
+            self.handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.enter(name)))
+            self.handles.append(module.register_forward_hook(lambda *_: self.leave(), always_call=True))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def seconds(self, total: float) -> dict[str, float]:
+        """Seconds by part of the step that took `total`; "head" is what is left, so that they add up."""
+        found: dict[str, float] = {}
+        for (name, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
+            found[name] = found.get(name, 0.0) + self.clock.between(start, end)
+        found["head"] = max(0.0, total - sum(spent for name, spent in found.items() if name != "head"))
+        return found

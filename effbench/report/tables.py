@@ -1,0 +1,207 @@
+"""The tables of one envelope in the leaderboard, each as Markdown; an empty string where there is nothing to show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from effbench import parity
+from effbench.records import Arm, Record
+from effbench.report import figures
+from effbench.report.markdown import escape, table
+
+MAX_METRICS = 9
+NONE = figures.NONE
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm as it is shown: the record it comes from, and how many records of the envelope hold that arm."""
+
+    arm: Arm
+    record: Record
+    count: int
+
+
+def name(row: Row) -> str:
+    text = escape(figures.label(row.arm))
+    text = f"**{text}**" if row.arm.kind == "baseline" else text
+    return text + (f" ({row.count} runs)" if row.count > 1 else "")
+
+
+def _table(rows: list[Row], header: list[str], cells: Callable[[Row], list[str]]) -> str:
+    """A table with a row per arm; columns that are empty throughout are left out, and a table without any too."""
+    body = [cells(row) for row in rows]
+    used = [i for i in range(len(header)) if any(row[i] != NONE for row in body)]
+    if not used:
+        return ""
+    lines = [[name(row), *(cell[i] for i in used)] for row, cell in zip(rows, body, strict=True)]
+    return table(["arm", *(header[i] for i in used)], lines)
+
+
+def cost(rows: list[Row]) -> str:
+    header = ["phase", "test speed-up", "verdict", "FLOPs promise", "realised", "train speed-up", "GFLOPs", "tokens"]
+    header += ["params M", "weights MiB", "peak MiB", "status"]
+
+    def cells(row: Row) -> list[str]:
+        arm = row.arm
+        return [
+            NONE if arm.kind == "baseline" else arm.phase,
+            figures.ratio(arm.test_speedup),
+            escape(figures.verdict(arm.test_speedup)),
+            f"{arm.promised:.2f}x" if arm.promised else NONE,
+            figures.percent(arm.realised),
+            figures.ratio(arm.train_speedup) if arm.train_time else NONE,
+            figures.gflops(arm.test_flops),
+            figures.tokens(arm),
+            figures.number(arm.parameters / 1e6) if arm.parameters else NONE,
+            figures.mebibytes(arm.weight_bytes),
+            figures.mebibytes(figures.peak(arm.memory)),
+            escape(figures.status(arm)),
+        ]
+
+    return _table(rows, header, cells)
+
+
+def quality(rows: list[Row], record: Record) -> str:
+    primary = record.primary_metric
+    names = [primary, *(each for each in record.envelope.metrics if each != primary)][:MAX_METRICS]
+    shared = list(dict.fromkeys(each for row in rows for each in row.arm.agreement))
+    header = [f"lossy-ness of {escape(primary)}", "no loss?"]
+    header += [escape(figures.heading(record, each)) for each in names]
+    header += [f"agrees in {escape(each)}" for each in shared]
+
+    def cells(row: Row) -> list[str]:
+        found = row.arm.metrics
+        values = [figures.metric(found.get(each), interval=each == primary) for each in names]
+        agreement = [figures.share(row.arm.agreement.get(each)) for each in shared]
+        claim = figures.no_loss(found.get(primary))
+        return [escape(figures.lossiness(found.get(primary))), claim, *values, *agreement]
+
+    return _table(rows, header, cells)
+
+
+def origin(rows: list[Row]) -> str:
+    """Where a speed-up comes from, and what stands in its way."""
+    header = ["compute", "end to end", "image tower", "Amdahl ceiling", "kernels", "kernel effect", "method effect"]
+
+    def cells(row: Row) -> list[str]:
+        arm, others = row.arm, row.record.arms
+        identity = next((each for each in others if each.control == "identity"), None)
+        theirs = row.record.baseline().kernels
+        differs = parity.differs(theirs, arm.kernels) if theirs and arm.kernels else ()
+        split = arm.method_speedup is not None and identity is not None
+        return [
+            figures.ratio(arm.test_speedup),
+            figures.ratio(arm.end_to_end_speedup),
+            figures.ratio(arm.image_speedup),
+            f"{arm.ceiling:.2f}x" if arm.ceiling and arm.ceiling > 1 else NONE,
+            escape("; ".join(differs)) or (NONE if arm.kind == "baseline" or arm.kernels is None else "the baseline's"),
+            figures.ratio(identity.test_speedup) if split and identity else NONE,
+            figures.ratio(arm.method_speedup),
+        ]
+
+    return _table(rows, header, cells)
+
+
+def batches(rows: list[Row]) -> str:
+    """Latency, throughput, and the batch size from which on a method pays."""
+    sizes = sorted({timing.batch for row in rows for timing in row.arm.by_batch})
+    most = max((row.record.envelope.protocol.timing_batch for row in rows), default=0)
+    header = ["latency ms", f"images/s at batch {most}", *(f"speed-up at {size}" for size in sizes), "pays from batch"]
+
+    def cells(row: Row) -> list[str]:
+        found = {timing.batch: timing for timing in row.arm.by_batch}
+        at = found.get(most)
+        never = "none of these" if found and row.arm.kind == "method" else NONE
+        return [
+            figures.number(1000 * found[1].seconds) if 1 in found else NONE,
+            figures.number(most / at.seconds) if at and at.seconds else NONE,
+            *(figures.ratio(found[size].speedup if size in found else None) for size in sizes),
+            str(row.arm.pays_from or never),
+        ]
+
+    return _table(rows, header, cells)
+
+
+def step(rows: list[Row]) -> str:
+    """Milliseconds of a timed test step, by what they were spent on."""
+    parts = ["image", "text", "overhead", "head", "data_wait", "transfer"]
+    header = ["image tower ms", "text tower ms", "method overhead ms", "head ms", "data wait ms", "transfer ms"]
+    header += ["first step ms", "joules per step"]
+
+    def cells(row: Row) -> list[str]:
+        time, energy = row.arm.step_time, row.arm.energy
+        spent = [getattr(time, part) if time else 0.0 for part in parts]
+        each = [figures.number(1000 * value / time.steps) if value else NONE for value in spent]
+        first = figures.number(1000 * time.first_step) if time else NONE
+        return [*each, first, figures.number(energy.joules_per_step) if energy else NONE]
+
+    return _table(rows, header, cells)
+
+
+def training(rows: list[Row]) -> str:
+    """Seconds of the whole training, by what they were spent on."""
+    parts = ["data_wait", "transfer", "features", "image", "text", "overhead", "head", "backward", "optimiser"]
+    header = ["total s", "data wait", "transfer", "of it feature pass", "image tower", "text tower", "method overhead"]
+    header += ["head", "backward", "optimiser", "first step", "steps", "GFLOPs per pair", "trained params M"]
+
+    def cells(row: Row) -> list[str]:
+        time, arm = row.arm.train_time, row.arm
+        spent = [getattr(time, part) if time else 0.0 for part in parts]
+        return [
+            figures.number(time.total) if time else NONE,
+            *(figures.number(value) if value else NONE for value in spent),
+            figures.number(time.first_step) if time else NONE,
+            str(time.steps) if time else NONE,
+            figures.gflops(arm.train_flops),
+            figures.number(arm.trained_parameters / 1e6) if arm.trained_parameters else NONE,
+        ]
+
+    return _table([row for row in rows if row.arm.train_time], header, cells)
+
+
+def memory(rows: list[Row]) -> str:
+    """MiB of a test and of a training step, each in fresh processes."""
+    header = ["test: weights", "activations", "tensors' peak", "process: load peak", "run peak", "reserved", "cache"]
+    header += ["train: gradients", "optimiser", "activations", "tensors' peak", "process: run peak"]
+
+    def cells(row: Row) -> list[str]:
+        test, train = row.arm.memory, row.arm.train_memory
+        fields = ["weights", "activations", "tensor_peak", "load_peak", "run_peak", "reserved", "cache"]
+        found = [figures.mebibytes(getattr(test, field)) if test else NONE for field in fields]
+        fields = ["gradients", "optimiser", "activations", "tensor_peak", "run_peak"]
+        return found + [figures.mebibytes(getattr(train, field)) if train else NONE for field in fields]
+
+    return _table(rows, header, cells)
+
+
+def anatomy(rows: list[Row]) -> str:
+    """What each arm really was at run time."""
+    header = ["attention", "products in", "runs", "dtypes of weights MiB", "quantised", "trained layers", "tokens"]
+    header += ["useful GFLOPs", "low-bit Gops", "analytic GFLOPs"]
+
+    def cells(row: Row) -> list[str]:
+        arm, kernels, structure, flops = row.arm, row.arm.kernels, row.arm.structure, row.arm.test_flops
+        modes = kernels and [mode for mode in ("autocast", "compiled", "channels_last") if getattr(kernels, mode)]
+        useful = flops and flops.useful
+        return [
+            escape(", ".join(f"{path} x{n}" for path, n in kernels.attention.items())) or NONE if kernels else NONE,
+            escape(", ".join(kernels.precision)) or NONE if kernels else NONE,
+            ", ".join([f"threads {kernels.threads}", *(modes or [])]) if kernels else NONE,
+            escape(", ".join(f"{dtype} {figures.mebibytes(n)}" for dtype, n in structure.dtypes.items())) or NONE
+            if structure
+            else NONE,
+            figures.percent(structure.quantised_share) if structure and structure.quantised_share else NONE,
+            escape(", ".join(structure.trained_layers)) or NONE if structure else NONE,
+            "masked, not removed"
+            if structure and structure.masked_tokens
+            else figures.by_layer(arm.tokens)
+            if structure
+            else NONE,
+            figures.number(useful / 1e9) if useful and useful != flops.dense else NONE,
+            figures.number(flops.low_bit / 1e9) if flops and flops.low_bit else NONE,
+            figures.number(flops.analytic / 1e9) if flops and flops.analytic is not None else NONE,
+        ]
+
+    return _table(rows, header, cells)

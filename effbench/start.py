@@ -1,0 +1,215 @@
+"""From what is asked for to a record: finds data and weights, fixes the protocol, runs the experiment."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effbench.datasets import resolve
+from effbench.errors import UsageError
+from effbench.experiment import Experiment
+from effbench.live import Live
+from effbench.measure.environment import cores
+from effbench.models.choose import choose
+from effbench.records import Protocol, Record
+from effbench.registry import tasks
+from effbench.report.leaderboard import write_leaderboard
+from effbench.spec import canonical, parse
+from effbench.terminal import console
+from effbench.timing import Stopping
+
+
+def run(
+    methods: Sequence[str] = (),
+    task: str = "flickr8k",
+    *,
+    backbone: str = "auto",
+    weights: Path | str | None = None,
+    pretrained: str | None = None,
+    data: str | Path | None = None,
+    train: str | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    head: str = "cosine",
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    seeds: int = 1,
+    data_share: float = 1.0,
+    threads: int | None = None,
+    timing_batch: int = 16,
+    timing_pairs: int = 30,
+    until: float | None = None,
+    budget: float | None = None,
+    batch_sweep: str = "",
+    memory_runs: int = 3,
+    device: str = "auto",
+    engine: str = "plain",
+    zero_stage: int = 0,
+    out: Path | str = "leaderboard",
+    dry_run: bool = False,
+    fresh: bool = False,
+    checkpoint_every: float = 60.0,
+    live: Any = None,
+) -> Record | None:
+    """Compare methods on a task, write the record and the leaderboard.
+
+    Args:
+        methods: stacks, each an arm, e.g. ["token_prune:keep=0.5", "token_prune+quantize"]; baseline and controls
+            come by themselves.
+        task: a name of `effbench list tasks`.
+        backbone: "FAMILY:NAME", or "auto" for the weights that are found.
+        weights: file of weights, or "random" (time and FLOPs only). pretrained: a tag of the library instead.
+        data: a path, "real" (refuse the embedded stand-in) or the stand-in's name; None for the usual places.
+        train: "none", "locked" (image tower frozen) or "full".
+        epochs, batch_size, image_size, lr, weight_decay: None for what the task or the backbone recommends.
+        seeds: number of seeds, 0 to seeds - 1.
+        data_share: share of the training images that is used.
+        threads: of the CPU; None for all cores.
+        timing_batch: images per timed step; timing_pairs: timed steps per arm.
+        until: go on timing until every interval's half-width is this share of the speed-up, e.g. 0.02; budget: but no
+            longer than these seconds (300 where only `until` is given). One image at a time (latency) and the batches
+            of a sweep take `timing_pairs` steps each.
+        batch_sweep: further batch sizes to time, e.g. "4/64", to see from which one on a method pays.
+        memory_runs: fresh processes per arm and kind of step that memory is the median of; 0 measures none.
+        device: "cpu", "cuda" or "cuda:1"; "auto" takes the GPU if there is one.
+        engine: "plain", or "deepspeed" for training; zero_stage: what DeepSpeed's ZeRO shards.
+        out: folder of the leaderboard.
+        dry_run: show the arms, the time and the memory that it would take, and return None.
+        fresh: ignore what an interrupted run of the same experiment left.
+        checkpoint_every: seconds of a step group, the unit of resume.
+        live: shows progress; None for the terminal.
+
+    Returns:
+        The record, or None after a dry run.
+
+    Raises:
+        UsageError: something asked for cannot be. InvalidError: data or weights are missing or damaged.
+        EffbenchError: the baseline failed, or the disk is full; the same call goes on from the last step group.
+    """
+    started = time.monotonic()
+    if added := {"baseline", "noop", "identity"} & set(methods):
+        raise UsageError(f"{added.pop()} is an arm of every run", "leave it out")
+    stacks = [parse(spec) for spec in methods]
+    sweep = _sizes(batch_sweep)
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}: at least one seed is needed", "leave it out for one seed")
+    with live or Live() as live:
+        for spec, times in Counter(map(canonical, stacks)).items():
+            if times > 1:
+                live.warn(f"{spec} is asked for {times} times and runs once")
+        found = resolve(task, data, live.progress)
+        if found.stood_in:
+            live.banner(f"NO REAL {task.upper()} DATA: RUNNING ON {found.data.name.upper()}", [found.looked])
+        source = found.task if found.data.name != found.task.stand_in else tasks.get(found.data.name)
+        tower, banner = choose(backbone, weights, pretrained, embedded=found.data.synthetic, image_size=image_size)
+        if banner:
+            live.banner("NO PRETRAINED WEIGHTS: RUNNING ON THE SHIPPED TOWER", banner)
+        if weights == "random":
+            live.warn("random weights: time and FLOPs mean something, quality does not")
+        asked = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, train=train)
+        given = {name: value for name, value in asked.items() if value is not None}
+        protocol = _protocol(
+            source.recommended | given,
+            image_size=tower.image_size,
+            head=head,
+            seeds=tuple(range(seeds)),
+            threads=threads or cores(),
+            timing_batch=timing_batch,
+            timing_pairs=timing_pairs,
+            data_share=data_share,
+            device=device_named(device),
+            engine=engine,
+            zero_stage=zero_stage,
+        )
+        stopping = Stopping(timing_pairs, until, budget)
+        with _threads(protocol.threads):
+            experiment = Experiment(
+                found.task, task, found.data, tower, stacks, protocol, live, stopping, sweep, memory_runs
+            )
+            experiment.check()
+            sizes = " / ".join(f"{n:,} {split}" for split, n in experiment.sizes.items())
+            live.note(f"data: {found.data.name}, {sizes} images; {found.data.origin}")
+            live.note(
+                f"backbone: {tower}, weights {tower.origin['weights'] or tower.origin['pretrained'] or 'shipped'}"
+            )
+            if dry_run:
+                from effbench.dry_run import show
+
+                show(experiment, console())
+                return None
+            record = experiment.run(Path(out), checkpoint_every, fresh, started, _command())
+        write_leaderboard(Path(out))
+        return record
+
+
+def _protocol(values: dict[str, Any], **more: Any) -> Protocol:
+    from pydantic import ValidationError
+
+    try:
+        return Protocol(**values, **more)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise UsageError(f"--{option} {first['input']}: {first['msg'].lower()}", "see effbench run --help") from None
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """`1/4/16` as numbers.
+
+    Raises:
+        UsageError: one is no batch size.
+    """
+    try:
+        sizes = tuple(int(size) for size in text.replace(",", "/").split("/") if size)
+    except ValueError:
+        sizes = (0,)
+    if any(size < 1 for size in sizes):
+        raise UsageError(f"--batch-sweep {text}: not batch sizes", "write them like --batch-sweep 1/4/16/64")
+    return sizes
+
+
+def device_named(asked: str) -> str:
+    """The device to run on.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(asked).type
+    except RuntimeError:
+        kind = ""
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {asked}: torch sees no GPU here", "use --device cpu; effbench doctor shows more")
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"--device {asked} is not known", "use cpu, cuda or cuda:1")
+    return asked
+
+
+class _threads:
+    """Torch's number of threads, for as long as the experiment runs."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.number)
+
+    def __exit__(self, *_: Any) -> None:
+        torch.set_num_threads(self.before)
+
+
+def _command() -> str:
+    import shlex
+
+    name = Path(sys.argv[0]).name
+    return shlex.join([name, *sys.argv[1:]]) if name == "effbench" else ""

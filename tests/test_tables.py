@@ -1,0 +1,149 @@
+"""What the leaderboard and the terminal say of a record beyond its ranking."""
+
+from datetime import UTC, datetime
+
+import pytest
+from rich.console import Console
+from test_store import make_record
+
+from effbench import records
+from effbench.records import (
+    Calibration,
+    Energy,
+    Flops,
+    Interval,
+    Kernels,
+    Memory,
+    Speedup,
+    Structure,
+    TimeSplit,
+    Timing,
+)
+from effbench.report import figures, leaderboard, show
+
+PLAIN, FUSED = Kernels(attention={"library fast path": 12}, threads=2), Kernels(attention={"sdpa:flash": 12}, threads=2)
+
+
+def ratio(value, verdict="FASTER", n=30):
+    return Speedup(value=value, low=value - 0.1, high=value + 0.1, n=n, verdict=verdict)
+
+
+def whole():
+    """A record in which every figure is there."""
+    time = TimeSplit(total=4.0, compute=3.6, data_wait=0.4, image=3.0, text=0.3, head=0.3, first_step=0.9, steps=10)
+    step = dict(weights=2**20, load_peak=2 * 2**20, run_peak=9 * 2**20, tensor_peak=7 * 2**20, activations=3 * 2**20)
+    baseline = records.Arm(
+        name="baseline",
+        spec="",
+        kind="baseline",
+        step_time=time,
+        train_time=time,
+        memory=Memory(**step),
+        train_memory=Memory(**step, gradients=5 * 2**20, optimiser=11 * 2**20),
+        kernels=PLAIN,
+        structure=Structure(dtypes={"fp32": 2**20}, trained_layers=("text_encoder",)),
+        test_flops=Flops(dense=4_000_000_000, useful=4_000_000_000, analytic=4_000_000_000),
+        by_batch=(Timing(batch=1, seconds=0.02), Timing(batch=16, seconds=0.32)),
+        tokens=(197, 197),
+    )
+    identity = baseline.model_copy(
+        update=dict(name="identity", kind="control", control="identity", kernels=FUSED, test_speedup=ratio(1.10))
+    )
+    method = records.Arm(
+        name="prune",
+        spec="prune",
+        kind="method",
+        test_speedup=ratio(1.43),
+        end_to_end_speedup=ratio(1.31),
+        method_speedup=ratio(1.30),
+        ceiling=5.0,
+        promised=1.60,
+        realised=1.43 / 1.60,
+        pays_from=16,
+        step_time=time.model_copy(update=dict(overhead=0.2)),
+        kernels=FUSED,
+        structure=Structure(dtypes={"fp32": 2**20, "int8": 2**20}, quantised_share=0.5, masked_tokens=True),
+        test_flops=Flops(dense=2_000_000_000, useful=1_000_000_000, low_bit=64_000_000_000, analytic=3_000_000_000),
+        energy=Energy(joules_per_step=1.25, source="RAPL"),
+        by_batch=(
+            Timing(batch=1, seconds=0.03, speedup=ratio(0.7, "SLOWER")),
+            Timing(batch=16, seconds=0.22, speedup=ratio(1.43)),
+        ),
+        agreement={"t2i_top1": Interval(value=0.875, low=0.8, high=0.9, n=10)},
+        tokens=(197, 197),
+    )
+    calibration = Calibration(
+        created=datetime(2025, 1, 2, tzinfo=UTC),
+        device_model="some CPU",
+        threads=2,
+        backbone="timm:tiny",
+        batch=1,
+        pairs=30,
+        margin=0.03,
+        trials=300,
+        noise_floor=0.021,
+        coverage=0.957,
+        half_width=0.02,
+        verdicts={"NO DIFFERENCE": 299, "FASTER": 1},
+    )
+    return make_record(arms=(baseline, identity, method), calibration=calibration, energy="RAPL package")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "| 1.43x [1.33, 1.53] | FASTER | 1.60x | 89 % |",  # realised = measured / promised
+        "attention library fast path vs sdpa:flash | 1.10x [1.00, 1.20] | 1.30x [1.20, 1.40]",  # kernel x method
+        "1.31x [1.21, 1.41]",  # end to end
+        "5.00x",  # Amdahl
+        "| 20.0 | 50.0 |",  # latency in ms, images a second
+        "0.70x [0.60, 0.80]",
+        "| 300 | 30.0 | — | 30.0 | 40.0 |",  # image, text, overhead, head, wait
+        "| 300 | 30.0 | 20.0 |",
+        "masked, not removed",
+        "2.00 ≠",  # the two counts differ
+        "50 %",
+        "fp32 1.00, int8 1.00",
+        "87.5 % [80.0, 90.0]",
+        "energy from RAPL package",
+        "of 300 A/A trials 95 % were within 2.1 %, 95.7 % of intervals held 1, 1 false verdicts",
+        "| 5.00 | 11.0 | 3.00 | 7.00 | 9.00 |",  # memory of a training step
+        "1.25",  # joules
+    ],
+)
+def test_every_figure_is_on_the_page(said):
+    assert said in leaderboard.render([whole()], [])
+
+
+def test_the_terminal_takes_a_speed_up_apart():
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))
+    show.print_record(whole(), console)
+    text = console.export_text()
+    for said in (
+        "1.43x [1.33, 1.53] = kernel effect 1.10x x method effect 1.30x",
+        "1.60x",
+        "89 %",
+        "of 300 A/A trials",
+        "energy from RAPL",
+    ):
+        assert said in text
+
+
+def test_a_record_without_the_new_figures_is_shown_as_before():
+    text = leaderboard.render([make_record()], [])
+    assert "<details>" not in text and "1.50x [1.40, 1.60]" in text and "not calibrated" in text
+
+
+def test_too_few_samples_say_how_many():
+    assert figures.verdict(Speedup(value=1.2, n=4, verdict="TOO FEW SAMPLES")) == "TOO FEW SAMPLES (n = 4)"
+
+
+@pytest.mark.parametrize("tokens, text", [((197, 197, 100), "197 x2, 100 x1"), ((), figures.NONE)])
+def test_tokens_by_layer(tokens, text):
+    assert figures.by_layer(tokens) == text
+
+
+@pytest.mark.parametrize("equivalent, text", [(True, "within 1 %"), (False, "not shown"), (None, figures.NONE)])
+def test_no_loss_is_claimed_only_where_it_was_shown(equivalent, text):
+    value = records.MetricValue(value=1.0, higher_is_better=True, margin=0.01, equivalent=equivalent)
+    assert figures.no_loss(value) == text
