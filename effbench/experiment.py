@@ -67,7 +67,8 @@ class Experiment:
         self.plans = plan_arms(stacks)
         self.prepared = task.prepare(data, backbone, protocol, live.progress)
         self.recipe = task.recipe(self.prepared)
-        energy, self.energy_source = meter(protocol.device)
+        energy, why = meter(protocol.device)
+        self.energy_source = energy.source if energy else why
         self.setting = Setting(task, self.prepared, protocol, Clock(protocol.device), live, energy)
 
     @property

@@ -8,6 +8,7 @@ with bit-equal results.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -79,6 +80,15 @@ class Setting:
     rows: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict(data=0.0, compute=0.0, loop=0.0, other=0.0))
 
+    def joules(self) -> float:
+        """The running total of the energy used; not a number from the moment it can no longer be read."""
+        try:
+            return self.meter.joules() if self.meter else math.nan
+        except EffbenchError as error:
+            self.live.warn(f"energy is no longer measured: {error}")
+            self.meter = None
+            return math.nan
+
     def to_device(self, batch: Batch) -> Batch:
         if self.protocol.device == "cpu":
             return batch
@@ -86,13 +96,13 @@ class Setting:
 
 
 def turn(
-    arms: Sequence[Arm], index: int, work: Callable[[Arm], Any], clock: Clock, meter: Any = None
+    arms: Sequence[Arm], index: int, work: Callable[[Arm], Any], clock: Clock, joules: Callable[[], float] | None = None
 ) -> dict[str, tuple[Any, float, dict[str, float]]]:
     """One step of every arm that has not failed: A B C on even turns, C B A on odd ones.
 
     Returns:
         by arm, the result of `work(arm)`, its seconds, and what they were spent on: seconds by part where the arm has
-        a `split`, and "joules" where there is a meter.
+        a `split`, and "joules" where they are read.
 
     Raises:
         EffbenchError: the baseline failed, so that nothing can be compared.
@@ -103,9 +113,9 @@ def turn(
             continue
         try:
             with randomness.swapped(arm), arm.split or nullcontext():
-                joules = meter.joules() if meter else 0.0
+                used = joules() if joules else 0.0
                 result, seconds = clock.timed(lambda arm=arm: work(arm))
-                spent = dict(joules=meter.joules() - joules) if meter else {}
+                spent = dict(joules=joules() - used) if joules else {}
             if arm.split is not None:
                 spent |= {f"{part}_seconds": value for part, value in arm.split.seconds(seconds).items()}
             results[arm.name] = (result, seconds, spent)
@@ -144,7 +154,8 @@ def steps(
         fetched = clock.now()
         batch = setting.to_device(batch)
         moved = clock.now()
-        results = turn(arms, index, lambda arm: _unchanged(work, arm, batch, index), clock, setting.meter)  # noqa: B023
+        joules = setting.joules if setting.meter else None
+        results = turn(arms, index, lambda arm: _unchanged(work, arm, batch, index), clock, joules)  # noqa: B023
         shared = dict(kind="step", seed=seed, phase=phase, index=index, data_wait=fetched - begin)
         for name, (result, spent, parts) in results.items():
             row = shared | dict(arm=name, seconds=spent, transfer=moved - fetched) | parts

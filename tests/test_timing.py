@@ -273,3 +273,22 @@ def test_energy_is_read_around_every_step():
     chosen.meter = Meter()
     list(steps([arm("baseline", "baseline")], "x", 0, range(2), lambda i: {}, lambda *a: None, chosen))
     assert [row["joules"] for row in chosen.rows] == [1.5, 1.5] and math.isfinite(chosen.rows[0]["head_seconds"])
+
+
+def test_a_meter_that_breaks_fails_no_arm():
+    class Broken:
+        def joules(self):
+            raise EffbenchError("the counter is gone")
+
+    class Silent:
+        said = []
+
+        def warn(self, text):
+            self.said.append(text)
+
+    chosen = setting()
+    chosen.meter, chosen.live = Broken(), Silent()
+    arms = [arm("baseline", "baseline"), arm("A")]
+    list(steps(arms, "x", 0, range(2), lambda i: {}, lambda *a: None, chosen))
+    assert [a.error for a in arms] == ["", ""] and Silent.said == ["energy is no longer measured: the counter is gone"]
+    assert speeds.energy(speeds.complete(chosen.rows), "RAPL") is None
