@@ -17,7 +17,7 @@ from effbench.measure.flops import FlopCount, flops_of
 from effbench.measure.kernels import kernels
 from effbench.measure.memory import probe, weight_bytes
 from effbench.measure.structure import structure
-from effbench.memory_probe import make_step, make_training_step
+from effbench.memory_probe import Shapes, make_step, make_training_step
 from effbench.training import training_mode
 
 if TYPE_CHECKING:
@@ -150,15 +150,17 @@ def memory(experiment: Experiment, plan: ArmPlan, training: Arm | None) -> tuple
     if not experiment.memory_runs:
         return facts, notes
     rows = np.arange(min(protocol.timing_batch, experiment.sizes["test"]))
-    batches = {"memory": experiment.task.batch(experiment.prepared, "test", rows, np.random.default_rng(0))}
-    if training is not None:
-        batch = training_batch(experiment, training, protocol.batch_size)
+    batch = experiment.task.batch(experiment.prepared, "test", rows, np.random.default_rng(0))
+    steps = {"memory": (make_step, _shapes(batch))}
+    if training is not None and protocol.engine == "plain":
+        batch = training_batch(experiment, training, 2)
         if "features" in batch:
             del batch["image"]
-        batches["train_memory"] = batch
-    for field, batch in batches.items():
-        shapes = {key: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for key, value in batch.items()}
-        build = make_step if field == "memory" else make_training_step
+        pairs = min(protocol.batch_size, experiment.sizes["train"])
+        steps["train_memory"] = (make_training_step, _shapes(batch, pairs / 2))
+    elif training is not None:
+        notes.append(f"memory of a training step is not measured under {protocol.engine}")
+    for field, (build, shapes) in steps.items():
         arguments = (experiment.name, plan, experiment.recipe, experiment.backbone.origin, protocol, shapes)
         try:
             facts[field], problem = probe(
@@ -169,3 +171,11 @@ def memory(experiment: Experiment, plan: ArmPlan, training: Arm | None) -> tuple
         if problem:
             notes.append(f"memory of a {'training' if field == 'train_memory' else 'test'} step: {problem}")
     return facts, notes
+
+
+def _shapes(batch: Batch, times: float = 1) -> Shapes:
+    """Shapes and dtypes of a batch that is `times` as long."""
+    return {
+        key: ((round(len(value) * times), *value.shape[1:]), str(value.dtype).removeprefix("torch."))
+        for key, value in batch.items()
+    }

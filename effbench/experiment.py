@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
-from effbench import randomness, results, store
+from effbench import engine, randomness, results, store
 from effbench.arms import ArmPlan, plan_arms, testing_model, training_model
 from effbench.checkpoint import Checkpoint
 from effbench.errors import EffbenchError, InvalidError, UsageError
@@ -100,6 +100,7 @@ class Experiment:
                     f"metric {metric.name} of {self.name} does not say whether higher is better",
                     "declare higher_is_better=True or False in the task: without it lossy-ness has no sign",
                 )
+        engine.check(self.protocol, self.sizes["train"])
         for plan in self.plans:
             if plan.phase != "test" and not self.trains:
                 raise UsageError(
@@ -188,6 +189,14 @@ class Experiment:
             lock.release()
         shutil.rmtree(folder, ignore_errors=True)
         return record
+
+    def follow(self) -> None:
+        """Train along with the first process, which tests, times and writes."""
+        cached = None
+        for seed in self.protocol.seeds if self.trains else ():
+            if self.protocol.train == "locked" and cached is None:
+                cached = self._features(None, lambda state: None)
+            self._train(seed, cached, None, lambda state: None)
 
     def _features(self, partial: Partial | None, save: Any) -> Partial:
         return features(self._cached_arms(), self.setting, self.sizes, partial, save)

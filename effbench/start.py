@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import Counter
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
+from effbench import distributed
 from effbench.datasets import resolve
 from effbench.errors import UsageError
 from effbench.experiment import Experiment
@@ -100,7 +103,8 @@ def run(
     sweep = _sizes(batch_sweep)
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}: at least one seed is needed", "leave it out for one seed")
-    with live or Live() as live:
+    others = distributed.rank() > 0  # they train along in silence
+    with live or Live(Console(quiet=True) if others else None) as live:
         for spec, times in Counter(map(canonical, stacks)).items():
             if times > 1:
                 live.warn(f"{spec} is asked for {times} times and runs once")
@@ -120,13 +124,14 @@ def run(
             image_size=tower.image_size,
             head=head,
             seeds=tuple(range(seeds)),
-            threads=threads or cores(),
+            threads=threads or max(1, cores() // distributed.launched()),
             timing_batch=timing_batch,
             timing_pairs=timing_pairs,
             data_share=data_share,
             device=device_named(device),
             engine=engine,
             zero_stage=zero_stage,
+            processes=distributed.launched(),
         )
         stopping = Stopping(timing_pairs, until, budget)
         with _threads(protocol.threads):
@@ -144,6 +149,12 @@ def run(
 
                 show(experiment, console())
                 return None
+            if others:
+                experiment.follow()
+                return None
+            if protocol.processes > 1:  # no state of all processes is kept: they would not resume at the same step
+                live.note(f"{protocol.processes} processes train together; if stopped, they start again")
+                checkpoint_every, fresh = math.inf, True
             record = experiment.run(Path(out), checkpoint_every, fresh, started, _command())
         write_leaderboard(Path(out))
         return record
@@ -211,5 +222,6 @@ class _threads:
 def _command() -> str:
     import shlex
 
-    name = Path(sys.argv[0]).name
+    path = Path(sys.argv[0])
+    name = path.parent.name if path.name == "__main__.py" else path.name
     return shlex.join([name, *sys.argv[1:]]) if name == "effbench" else ""
