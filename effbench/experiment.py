@@ -23,7 +23,7 @@ from effbench.journal import Journal
 from effbench.lockstep import Arm, BatchChanged, Partial, Setting, kept_state
 from effbench.measure.clock import Clock
 from effbench.measure.energy import meter
-from effbench.measure.environment import device_model
+from effbench.measure.environment import device_model, provenance
 from effbench.measure.memory import process_peak
 from effbench.passes import features, test, use_features
 from effbench.pixels import RULE
@@ -137,6 +137,7 @@ class Experiment:
 
     def run(self, out: Path, every: float, fresh: bool, started: float, command: str) -> Record:
         """Train, test, time, measure, write; goes on where an interrupted run of the same experiment stopped."""
+        source = provenance(command, self.protocol.device)  # now: the load that the run itself makes is none of it
         folder = out / ".partial" / self.digest()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,7 @@ class Experiment:
             errors = {}
             for part in [*trained.values(), *items.values(), *timed[:1]]:
                 errors |= {name: error for name, error in part["errors"].items() if error}
-            record = results.record(self, arms, trained, items, errors, journal, command)
+            record = results.record(self, arms, trained, items, errors, journal, source)
             record = record.model_copy(
                 update=dict(wall_time=journal.before + time.monotonic() - started, peak_memory=process_peak() or 0)
             )

@@ -10,7 +10,7 @@ import torch
 
 from effbench import calibrate, parity, quality, records, speeds
 from effbench.examine import examine, memory
-from effbench.measure.environment import device_model, provenance
+from effbench.measure.environment import device_model
 from effbench.measure.structure import masked_tokens
 from effbench.task import Items
 
@@ -30,7 +30,7 @@ def record(
     items: dict[int, Partial],
     errors: dict[str, str],
     journal: Journal,
-    command: str,
+    provenance: records.Provenance,
 ) -> records.Record:
     """The record of a finished experiment."""
     from effbench.experiment import run_id
@@ -79,7 +79,6 @@ def record(
     outside = seconds["loop"] - seconds["data"] - seconds["compute"] - seconds["other"]
     noop = next(arm for arm in found if arm.control == "noop")
     why = _noise(noop, rows, experiment.batches) or _not_deterministic(items)
-    source = provenance(command, protocol.device)
     more = dict(
         resumed=journal.resumed,
         data_origin=experiment.data.origin,
@@ -96,7 +95,7 @@ def record(
         calibration=calibrate.load(device_model(protocol.device), protocol.threads),
         primary_metric=experiment.task.primary_metric(experiment.prepared, "test").name,
         envelope=experiment.envelope(),
-        provenance=source.model_copy(update=more),
+        provenance=provenance.model_copy(update=more),
         arms=tuple(found),
         notes=tuple(experiment.data.notes),
     )

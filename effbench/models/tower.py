@@ -189,7 +189,8 @@ def view(model: nn.Module) -> ModelView:
     """Wrap the towers of a model in place and return its view; wrapping twice is harmless.
 
     Args:
-        model: a timm VisionTransformer, an OpenCLIP model or tower, or effbench's DualEncoder.
+        model: a timm VisionTransformer, an OpenCLIP model or tower, or effbench's DualEncoder. A model whose class says
+            `has_towers = False` is a task's own without transformer blocks: methods see it as it is.
 
     Raises:
         UsageError: the model has no tower that effbench can wrap; the message names its type.
@@ -198,6 +199,8 @@ def view(model: nn.Module) -> ModelView:
     from effbench.models.openclip_tower import wrap_text
     from effbench.models.timm_tower import wrap as wrap_timm
 
+    if not getattr(model, "has_towers", True):
+        return ModelView(model, None, None)
     image_module, text_module = _towers(model)
     image = None
     if image_module is not None:

@@ -241,6 +241,11 @@ def _measured(rows: list[Row], total: int) -> str:
             f"commit {escape(record.provenance.commit[:12])}" if record.provenance.commit else "",
         ]
         parts.append(f"`{record.id}` ({store.created(record):%Y-%m-%d}): " + "; ".join(fact for fact in facts if fact))
+        machine = "; ".join(f"{name}: {fact}" for name, fact in record.provenance.machine.items())
+        versions = ", ".join(f"{name} {version}" for name, version in record.provenance.versions.items())
+        about = ". ".join(part for part in (machine, versions) if part)
+        if about:
+            parts.append(f"<details><summary>Machine and libraries</summary>\n\n{escape(about, 3000)}\n\n</details>")
         if record.provenance.command:
             parts.append(code(record.provenance.command))
         notes = [*record.notes, *(f"{arm.name}: {note}" for arm in record.arms for note in arm.notes)]
