@@ -1,7 +1,7 @@
 """What trials on this machine showed of the tool itself: false verdicts, coverage, power. Imports no torch.
 
     <cache>/calibration/<machine>-<threads>-threads.json         effbench.records.Calibration, for runs and reports
-    <cache>/calibration/<machine>-<threads>-threads.trials.jsonl  a line with the setting, then one per trial
+    <cache>/calibration/<machine>-<threads>-threads.<setting>.trials.jsonl   a line with the setting, one per trial
 
 The trials themselves are measured by `effbench.trials`.
 """
@@ -9,6 +9,7 @@ The trials themselves are measured by `effbench.trials`.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -128,8 +129,8 @@ class Log:
     """The trials of one calibration, on the disk as soon as they are measured.
 
     Args:
-        setting: trials of another one are dropped.
-        fresh: drop those of the same one, too.
+        setting: those of another one have a file of their own.
+        fresh: drop what there is of this one.
 
     Raises:
         EffbenchError: the file cannot be written.
@@ -137,7 +138,8 @@ class Log:
 
     def __init__(self, setting: Setting, folder: Path | None = None, fresh: bool = False) -> None:
         self.setting = setting
-        self.file = path(setting.device_model, setting.threads, folder).with_suffix(".trials.jsonl")
+        digest = hashlib.sha256(setting.model_dump_json().encode()).hexdigest()[:8]
+        self.file = path(setting.device_model, setting.threads, folder).with_suffix(f".{digest}.trials.jsonl")
         self.trials = [] if fresh else self._kept(setting)
         lines = [setting.model_dump_json(), *(trial.model_dump_json() for trial in self.trials)]
         _write(self.file, "".join(f"{line}\n" for line in lines))

@@ -27,6 +27,7 @@ from effbench.measure.environment import device_model, provenance
 from effbench.measure.memory import process_peak
 from effbench.passes import features, test, use_features
 from effbench.pixels import RULE
+from effbench.preflight import preflight
 from effbench.records import Envelope, Protocol, Record
 from effbench.samples import item_samples
 from effbench.timing import Stopping, pairs
@@ -167,6 +168,7 @@ class Experiment:
                         f"train {seed}", lambda p, save, seed=seed, cached=cached: self._train(seed, cached, p, save)
                     )
                 arms = self._testing_arms(seed, trained.get(seed))
+                preflight(arms, self.setting)
                 items[seed] = journal.phase(
                     f"test {seed}",
                     lambda p, save, seed=seed, arms=arms: test(arms, seed, self.setting, self.sizes, p, save),

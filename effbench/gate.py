@@ -78,7 +78,7 @@ def compare(reference: Record, run: Record) -> Comparison:
     expected, found = _arms(reference, "the reference"), _arms(run, "the run")
     notes = []
     if reference.id == run.id:
-        notes.append("the run is the reference itself")
+        notes.append(f"both records have the id {reference.id}")
     if run.status != "ok":
         notes.append(f"the run is {run.status} ({clean(run.why_invalid)}); what is compared here does not depend on it")
     for arm in (arm for key, arm in found.items() if key not in expected):

@@ -53,7 +53,7 @@ def detail(kind: str, name: str, console: Console) -> None:
         UsageError: no such plugin.
         EffbenchError: it cannot be imported.
     """
-    plugin = REGISTRIES[kind].get(name)
+    plugin = REGISTRIES[kind].get(name.replace("-", "_") if kind == "presets" else name)
     console.print(Text(name, "bold cyan"))
     for paragraph in (getdoc(plugin) or "").split("\n\n"):
         console.print(Text(plain(" ".join(paragraph.split()))))

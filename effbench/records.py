@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 SCHEMA_VERSION = 2
 
 Text = Annotated[str, Field(max_length=4000)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -112,7 +112,9 @@ class Timing(Model):
     """Timed steps of one arm at one batch size."""
 
     batch: Annotated[int, Field(ge=1)]
-    seconds: Seconds = Field(description="median of the arm's steps")
+    seconds: Seconds = Field(description="mean of the middle half of the arm's steps")
+    low: Seconds | None = Field(None, description="a quarter of the steps took less")
+    high: Seconds | None = Field(None, description="a quarter of the steps took more")
     speedup: Speedup | None = Field(None, description="against the baseline; None for the baseline itself")
 
 
@@ -263,7 +265,7 @@ class Arm(Model):
     ceiling: Finite | None = Field(None, description="Amdahl: speed-up if what the arm changes took no time")
     promised: Finite | None = Field(None, description="speed-up that the FLOPs promise, overhead included")
     realised: Finite | None = Field(None, description="test speed-up / promised")
-    step_time: TimeSplit | None = Field(None, description="the timed steps, warm-up apart")
+    step_time: TimeSplit | None = Field(None, description="the middle half of the timed steps, warm-up apart")
     by_batch: tuple[Timing, ...] = Field((), description="timed steps at several batch sizes")
     pays_from: Count | None = Field(None, description="smallest batch from which on the arm is FASTER")
     energy: Energy | None = None

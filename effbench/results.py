@@ -64,7 +64,7 @@ def record(
             }
             # against identity where a method edits the towers: a kernel change is not what the method takes away
             plain = parts.get("identity", parts["baseline"]) if arm.plan.methods else parts["baseline"]
-            changed = {part for part, now in parts[arm.name].items() if now != plain[part]}
+            changed = {part for part, now in parts[arm.name].items() if arm.plan.methods and now != plain[part]}
             base = found[0] if found else None
             facts |= _times(experiment, arm.name, rows, own is not None, changed)
             facts |= _promise(facts, base)
@@ -136,7 +136,7 @@ def _times(experiment: Experiment, arm: str, rows: pd.DataFrame, trains: bool, c
         baseline, mine = (speeds.timed(rows, name, batch) for name in ("baseline", arm))
         first = own.loc[own["phase"] == f"timing {batch}", "seconds"].iloc[0]
         facts |= dict(
-            step_time=speeds.split(mine, first),
+            step_time=speeds.split(speeds.middle(mine), first),
             by_batch=speeds.by_batch(rows, arm, experiment.batches),
             energy=speeds.energy(mine, experiment.energy_source),
         )
@@ -146,7 +146,7 @@ def _times(experiment: Experiment, arm: str, rows: pd.DataFrame, trains: bool, c
                 image_speedup=speeds.speedup(baseline, mine, "image_seconds", "overhead_seconds"),
                 end_to_end_speedup=speeds.speedup(baseline, mine, "seconds", "data_wait", "transfer"),
                 pays_from=speeds.pays_from(facts["by_batch"]),
-                ceiling=speeds.ceiling(baseline, changed),
+                ceiling=speeds.ceiling(baseline, changed) if changed else None,
             )
     if trains and arm != "baseline":
         facts["train_speedup"] = speeds.training_speedup(rows, arm)

@@ -42,6 +42,13 @@ def timed(rows: pd.DataFrame, arm: str, batch: int) -> pd.DataFrame:
     return found.set_index("index")
 
 
+def middle(rows: pd.DataFrame) -> pd.DataFrame:
+    """The half of the steps that took neither longest nor shortest: a machine's hiccups are in the others."""
+    order = rows["seconds"].argsort(kind="stable").to_numpy()
+    cut = len(rows) // 4
+    return rows.iloc[sorted(order[cut : len(rows) - cut])]
+
+
 def speedup(baseline: pd.DataFrame, arm: pd.DataFrame, *columns: str, level: float = 0.95) -> records.Speedup | None:
     """Of the sum of some columns, paired by step; None where nothing was timed."""
     shared = baseline.index.intersection(arm.index)
@@ -75,7 +82,9 @@ def by_batch(rows: pd.DataFrame, arm: str, batches: list[int]) -> tuple[records.
         own = timed(rows, arm, batch)
         if len(own):
             ratio = speedup(timed(rows, "baseline", batch), own, "seconds") if arm != "baseline" else None
-            found.append(records.Timing(batch=batch, seconds=own["seconds"].median(), speedup=ratio))
+            low, high = own["seconds"].quantile([0.25, 0.75])
+            seconds = middle(own)["seconds"].mean()
+            found.append(records.Timing(batch=batch, seconds=seconds, low=low, high=high, speedup=ratio))
     return tuple(found)
 
 

@@ -101,6 +101,9 @@ def run(
         raise UsageError(f"{added.pop()} is an arm of every run", "leave it out")
     stacks = [parse(spec) for spec in methods]
     sweep = _sizes(batch_sweep)
+    if threads is not None and not 1 <= threads <= cores():
+        most = cores()
+        raise UsageError(f"--threads {threads}: this process may use {most} cores", f"use 1 to {most}, or leave it out")
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}: at least one seed is needed", "leave it out for one seed")
     others = distributed.rank() > 0  # they train along in silence

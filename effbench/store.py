@@ -130,6 +130,8 @@ def find(root: Path, name: str) -> Path:
     """
     if (Path(name) / "record.json").is_file():
         return Path(name)
+    if Path(name).name == "record.json" and Path(name).is_file():
+        return Path(name).parent
     folders = {folder.name: folder for folder in _folders(Path(root))}
     if not folders:
         raise UsageError(f"there is no run in {root}", "make one: effbench run --method METHOD --task TASK")
@@ -163,9 +165,10 @@ def load(path: str | Path, samples: bool = False) -> pandas.DataFrame:
         train_speedup, end_to_end_speedup, method_speedup (ratios, each with _low, _high, _verdict); promised and
         realised (speed-up of the FLOPs, and the share of it that was measured); train_seconds, test_seconds, latency
         (seconds at batch 1); test_flops, test_overhead_flops, train_flops (per image-caption pair, 1 MAC = 2 FLOPs),
-        test_low_bit_ops; parameters, weight_bytes, peak_bytes (process), tensor_peak_bytes, train_peak_bytes;
-        tokens_first, tokens_last; and for each metric M of its task: M, M_low, M_high, M_lossiness, M_lossiness_low,
-        M_lossiness_high (fractions), M_note. What was not measured is missing (NaN or None).
+        test_useful_flops, test_analytic_flops, test_low_bit_ops; parameters, weight_bytes, peak_bytes (process),
+        tensor_peak_bytes, train_peak_bytes; tokens_first, tokens_last; and for each metric M of its task: M, M_low,
+        M_high, M_lossiness, M_lossiness_low, M_lossiness_high (fractions), M_note. What was not measured is
+        missing (NaN or None).
 
     Raises:
         InvalidError: `path` holds no record, or is itself a damaged record. Damaged ones among others are left out
@@ -185,7 +188,9 @@ def load(path: str | Path, samples: bool = False) -> pandas.DataFrame:
         if not records:
             raise InvalidError(f"{path} holds no record", "give a record directory or a leaderboard folder")
     if not samples:
-        return pd.DataFrame([_row(record, arm) for record in records for arm in record.arms])
+        frame = pd.DataFrame([_row(record, arm) for record in records for arm in record.arms])
+        empty = [column for column in frame if frame[column].isna().all()]
+        return frame.astype(dict.fromkeys(empty, float))  # a column of None would be of objects
     frames = []
     for record, folder in zip(records, folders, strict=True):
         frame = read_samples(folder / "samples.parquet")
@@ -217,7 +222,8 @@ def _parse(content: bytes, name: str) -> Record:
             raise InvalidError(f"{name} is truncated or not JSON: {first['msg']}", "restore or delete it") from None
         count = error.error_count()
         more = f" (and {count - 1} more)" if count > 1 else ""
-        raise InvalidError(f"{name} is not a record: {where}: {first['msg']}{more}", "restore or delete it") from None
+        problem = f"{where}: {first['msg']}" if where else first["msg"]
+        raise InvalidError(f"{name} is not a record: {problem}{more}", "restore or delete it") from None
     if sum(arm.kind == "baseline" for arm in record.arms) != 1:
         raise InvalidError(f"{name} is not a record: it needs exactly one baseline arm", "restore or delete it")
     if len({arm.name for arm in record.arms}) != len(record.arms):
@@ -253,6 +259,8 @@ def _row(record: Record, arm: Arm) -> dict[str, Any]:
         test_flops=arm.test_flops and arm.test_flops.dense,
         test_overhead_flops=arm.test_flops and arm.test_flops.overhead,
         train_flops=arm.train_flops and arm.train_flops.dense,
+        test_useful_flops=arm.test_flops and arm.test_flops.useful,
+        test_analytic_flops=arm.test_flops and arm.test_flops.analytic,
         test_low_bit_ops=arm.test_flops and arm.test_flops.low_bit,
         promised=arm.promised,
         realised=arm.realised,

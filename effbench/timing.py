@@ -101,7 +101,7 @@ def pairs(
         return dict(index=index, seconds=spent, **kept_state(arms))
 
     start = partial["index"] + 1 if partial else 0
-    title = f"timing, {size} image{'s' * (size > 1)} a step"
+    title = f"timing, {size} image{'s' * (size > 1)} a step, {WARMUP} pairs to warm up"
     if stopping.open_end:
         setting.live.stage(title, round(stopping.limit), "s at most", start=round(before))
     else:
@@ -113,7 +113,8 @@ def pairs(
         for arm in arms:
             if not arm.error and index >= WARMUP:
                 taken[arm.name].append(_last(setting.rows, arm.name, len(arms))["seconds"])
-        setting.live.advance(round(spent) if stopping.open_end else index + 1, columns(arms, setting))
+        done = min(round(spent), round(stopping.limit)) if stopping.open_end else index + 1
+        setting.live.advance(done, columns(arms, setting))
         save(lambda index=index, spent=spent: state(index, spent))
         times = [taken[arm.name] for arm in arms if not arm.error]
         if stopping.open_end and stopping.over(index + 1 - WARMUP, spent, times):

@@ -16,6 +16,7 @@ KEPT = {  # of 2 x 3 x 9 x 11 pairs
     "causal": (dict(is_causal=True), 6 * 45),
     "boolean": (dict(attn_mask=CAUSAL), 6 * 45),
     "infinite": (dict(attn_mask=torch.zeros(9, 11).masked_fill(~CAUSAL, float("-inf"))), 6 * 45),
+    "lowest": (dict(attn_mask=torch.zeros(9, 11).masked_fill(~CAUSAL, torch.finfo(torch.float32).min)), 6 * 45),
     "padding": (dict(attn_mask=PADDING), 3 * 9 * 15),
     "bias": (dict(attn_mask=torch.full((9, 11), -1e9)), 594),
     "nothing": (dict(attn_mask=torch.zeros(9, 11, dtype=torch.bool)), 0),

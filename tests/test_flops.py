@@ -238,3 +238,15 @@ def test_errors_of_the_user():
         flops("deit_tiny", torch.zeros(1))
     with pytest.raises(UsageError, match="requires a gradient"):
         flops(nn.Linear(4, 8).requires_grad_(False), torch.zeros(5, 4), train=True)
+
+
+def test_a_complex_product_is_four_real_ones():
+    x = torch.zeros(4, 4, dtype=torch.complex64)
+    assert flops_of(lambda: x @ x).dense_flops == 4 * 128
+
+
+def test_an_exported_program_counts_in_the_mode_that_it_has():
+    layer = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)).eval()
+    exported = torch.export.export(layer, (torch.zeros(3, 4),)).module()
+    assert flops(exported, torch.zeros(3, 4)).dense_flops == 2 * 2 * 3 * 32
+    assert flops(exported, torch.zeros(3, 4), train=True).dense_flops == 2 * 3 * 32 * (2 + 2 + 1)

@@ -60,12 +60,23 @@ def test_towers_layers_and_units(command):
 
 def test_training_and_what_acts_only_after_it(command):
     text = command("shipped:scenes_vit", "--train", "--method", "token_prune:keep=0.5")
-    assert "forward + backward" in text and "acts after training" in text and "0.0%" in text
+    assert "forward + backward" in text and "acts only after training" in text and "0.0%" in text
     both = json.loads(command("shipped:scenes_vit", "--train", "--json", "--method", "token_prune:keep=0.5,phase=both"))
     before, after = (arm["towers"]["image"]["dense_flops"] for arm in both["arms"])
-    assert after < before and both["notes"] == []
+    assert after < before and not any("acts only" in note for note in both["notes"])
     forward = count_towers(Request("shipped:scenes_vit"))["image"].count.dense_flops
     assert 2.8 < before / forward < 3
+
+
+def test_what_acts_only_while_training_saves_nothing_in_testing(command):
+    text = command("shipped:scenes_vit", "--method", "token_prune:keep=0.5,phase=train")
+    assert "acts only while training" in text and "0.0%" in text
+
+
+def test_every_method_that_is_asked_for_has_a_row(command):
+    methods = ("token_prune:keep=0.5", "token_prune:keep=0.5,score=norm")
+    found = json.loads(command("shipped:scenes_vit", "--json", *(f"--method={method}" for method in methods)))
+    assert [arm["name"] for arm in found["arms"]] == ["baseline", *methods]
 
 
 def test_image_size_and_disagreement(command):
@@ -108,6 +119,7 @@ def test_neighbouring_blocks_of_equal_cost_share_a_row():
         (["shipped:scenes_vit", "--weights", "x"], "own weights"),
         (["timm:deit_tiny_patch16_224", "--weights", "no/such.pth"], "no weights file"),
         (["timm:resnet18", "--image-size", "64"], "does not take an image size"),
+        (["course:patches"], "brings no tower"),
         (["timm:mobilenetv4_conv_small", "--train"], "batch of 1"),
     ],
 )

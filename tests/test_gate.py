@@ -107,7 +107,7 @@ def test_what_the_reference_does_not_know_is_noted():
     assert found.exit_code == 0
     assert found.notes[0] == "extra is not in the reference: not compared"
     assert found.notes[1].startswith("not in the reference, so not compared: test useful FLOPs, train FLOPs, ")
-    assert compare(old, old).notes == ("the run is the reference itself",)
+    assert compare(old, old).notes == ("both records have the id reference",)
 
 
 def test_an_invalid_runs_figures_are_compared_and_it_is_said():
@@ -158,7 +158,7 @@ def test_the_command_finds_records_and_exits_by_their_figures(saved, capsys, tmp
     assert "197 x1, 138 x2" in out and "197 x1, 99 x2" in out and "token_prune" in out
     assert f"cp {root}/records/20250102-new/record.json {reference}" in out
     assert gate("20250101-old", "20250102-new", root) == 1
-    assert "renew the reference: effbench gate --reference 20250102-new" in capsys.readouterr().out
+    assert f"from now on: --reference {root}/records/20250102-new/record.json" in capsys.readouterr().out
 
 
 def test_the_command_prints_json(saved, capsys):
@@ -171,6 +171,14 @@ def test_the_command_prints_json(saved, capsys):
         dict(arm="token_prune", figure="weight bytes", old=36_700_160, new=18_350_080, percent=-50.0),
         dict(arm="token_prune", figure="attention", old=["sdpa:flash"], new=["eager", "flex"], percent=None),
     ]
+
+
+def test_json_of_what_cannot_be_compared(saved, capsys):
+    root = saved(record("20250101-old"), record("20250102-new", envelope=dict(task="other")))
+    with pytest.raises(InvalidError):
+        gate("20250101-old", "20250102-new", root, as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["verdict"] == "INVALID" and "task" in answer["said"]
 
 
 def test_records_that_cannot_be_read(saved, tmp_path):

@@ -92,21 +92,22 @@ def whole():
 @pytest.mark.parametrize(
     "said",
     [
-        "| 1.43x [1.33, 1.53] | FASTER | 1.60x | 89 % |",  # realised = measured / promised
+        "| 1.43x [1.33, 1.53] | FASTER | 1.60x | 89 % [83, 96] |",  # realised = measured / promised
         "attention library fast path vs sdpa:flash | 1.10x [1.00, 1.20] | 1.30x [1.20, 1.40]",  # kernel x method
         "1.31x [1.21, 1.41]",  # end to end
         "5.00x",  # Amdahl
         "| 20.0 | 50.0 |",  # latency in ms, images a second
         "0.70x [0.60, 0.80]",
-        "| 300 | 30.0 | — | 30.0 | 40.0 |",  # image, text, overhead, head, wait
-        "| 300 | 30.0 | 20.0 |",
-        "masked, not removed",
+        "| 360 | 300 | 30.0 | — | 30.0 | 40.0 |",  # the step: image, text, overhead, head; wait
+        "| 360 | 300 | 30.0 | 20.0 |",
+        "197, masked, not removed",
         "2.00 ≠",  # the two counts differ
         "50 %",
         "fp32 1.00, int8 1.00",
         "87.5 % [80.0, 90.0]",
         "energy from RAPL package",
-        "of 300 A/A trials 95 % were within 2.1 %, 95.7 % of intervals held 1, 1 false verdicts",
+        "300 A/A trials of 30 pairs (timm:tiny, batch 1): 95 % within 2.1 %, 95.7 % of intervals hold 1; 1 false",
+        "timed 30 pairs, intervals within +-9.1 %",
         "| 5.00 | 11.0 | 3.00 | 7.00 | 9.00 |",  # memory of a training step
         "1.25",  # joules
     ],
@@ -123,7 +124,7 @@ def test_the_terminal_takes_a_speed_up_apart():
         "1.43x [1.33, 1.53] = kernel effect 1.10x x method effect 1.30x",
         "1.60x",
         "89 %",
-        "of 300 A/A trials",
+        "300 A/A trials",
         "energy from RAPL",
     ):
         assert said in text
@@ -147,3 +148,37 @@ def test_tokens_by_layer(tokens, text):
 def test_no_loss_is_claimed_only_where_it_was_shown(equivalent, text):
     value = records.MetricValue(value=1.0, higher_is_better=True, margin=0.01, equivalent=equivalent)
     assert figures.no_loss(value) == text
+
+
+def paying(*verdicts, pays_from=None):
+    timings = tuple(Timing(batch=2**i, seconds=1, speedup=ratio(1.2, verdict)) for i, verdict in enumerate(verdicts))
+    return records.Arm(name="a", spec="a", kind="method", by_batch=timings, pays_from=pays_from)
+
+
+@pytest.mark.parametrize(
+    "arm, text",
+    [
+        (paying("FASTER", "AMBIGUOUS", "FASTER", pays_from=4), "4 (undecided: 2)"),
+        (paying("SLOWER", "FASTER", pays_from=2), "2"),
+        (paying("SLOWER", "NO DIFFERENCE"), "none of these"),
+        (paying(), figures.NONE),
+    ],
+)
+def test_from_which_batch_a_method_pays(arm, text):
+    assert figures.pays(arm) == text
+
+
+def test_an_unsteady_latency_says_so():
+    assert figures.milliseconds(Timing(batch=1, seconds=0.0100, low=0.0099, high=0.0101)) == "10.0"
+    assert (
+        figures.milliseconds(Timing(batch=1, seconds=0.0100, low=0.009, high=0.08)) == "10.0 (unsteady: 9.00 to 80.0)"
+    )
+
+
+def test_nothing_is_realised_of_no_promise():
+    arm = records.Arm(name="a", spec="a", kind="method", promised=1.0, realised=1.03, test_speedup=ratio(1.03))
+    assert figures.realised(arm) == figures.NONE
+
+
+def test_near_one_the_third_digit_counts():
+    assert figures.ratio(Speedup(value=0.987, low=0.969, high=1.004, verdict="AMBIGUOUS")) == "0.987x [0.969, 1.004]"

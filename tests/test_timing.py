@@ -292,3 +292,9 @@ def test_a_meter_that_breaks_fails_no_arm():
     list(steps(arms, "x", 0, range(2), lambda i: {}, lambda *a: None, chosen))
     assert [a.error for a in arms] == ["", ""] and Silent.said == ["energy is no longer measured: the counter is gone"]
     assert speeds.energy(speeds.complete(chosen.rows), "RAPL") is None
+
+
+def test_the_middle_half_leaves_the_hiccups_out():
+    frame = speeds.complete(rows([1, 1, 1, 5, 1, 2, 3, 4, 90, 0.01, 2.5]))
+    found = speeds.middle(speeds.timed(frame, "baseline", 4))
+    assert sorted(found["seconds"]) == [2, 2.5, 3, 4] and speeds.by_batch(frame, "baseline", [4])[0].seconds == 2.875

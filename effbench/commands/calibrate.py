@@ -110,5 +110,8 @@ def calibrate(
         if log.trials:
             print_calibration(setting, log.trials, console())
             say(f"trials: {log.file}")
-        if finished or (same >= calibration.LEAST and (known is None or known.trials < same)):
+        better = fresh or known is None or known.trials <= same
+        if not better:
+            say(f"the calibration of {known.created:%Y-%m-%d} has {known.trials} A/A trials, not {same}, and is kept")
+        elif finished or same >= calibration.LEAST:
             say(f"calibration: {calibration.store(calibration.summary(setting, log.trials), out)}")

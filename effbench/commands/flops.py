@@ -24,7 +24,8 @@ Towers = dict[str, "TowerFlops"]
 def flops(
     backbone: Annotated[str, typer.Argument(metavar="BACKBONE", help="FAMILY:NAME; effbench list backbones.")],
     method: Annotated[
-        str | None, typer.Option(help="NAME[:param=value,...], joined by + for a stack: shown beside the baseline.")
+        list[str] | None,
+        typer.Option(help="NAME[:param=value,...], joined by + for a stack: beside the baseline. Repeatable."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images, and texts.")] = 1,
     image_size: Annotated[int | None, typer.Option(min=8, help="Side in pixels; default: the backbone's.")] = None,
@@ -37,22 +38,26 @@ def flops(
 
     What is dispatched is counted, and beside it what the layers' formulas say. 1 MAC = 2 FLOPs. Dense: as dense kernels
     do it; useful: what attention masks leave; low-bit: products of integers, in bit operations; overhead: a method's
-    own scoring. ">=" marks a lower bound: an operation without a formula ran, which is named.
+    own scoring. ">=" marks a lower bound: an operation without a formula ran, which is named. Elementwise work, norms,
+    softmax and interpolation count 0. Masks are those given to fused attention.
     """
-    from effbench.measure.flop_towers import Request, count_towers
+    from effbench.measure.flop_towers import Request, acts, count_towers
     from effbench.spec import canonical, parse
 
-    stack = parse(method) if method else ()
+    stacks = {canonical(stack): stack for stack in map(parse, method or [])}
     request = Request(backbone, weights, image_size, batch, train)
     arms = {"baseline": count_towers(request)}
-    if stack:
-        arms[canonical(stack)] = count_towers(request, stack)
-    idle = [item for item in stack if train and item.phase == "test"]
+    arms |= {name: count_towers(request, stack) for name, stack in stacks.items()}
+    step, other = ("training", "after training") if train else ("testing", "while training")
     notes = [
-        f"{canonical((item,))} acts after training (phase=test), so training costs what the baseline's does; "
-        "phase=both trains with it"
-        for item in idle
+        f"{canonical((item,))} acts only {other} (phase={item.phase}), so {step} costs what it does without it; "
+        "phase=both acts in both"
+        for stack in stacks.values()
+        for item in stack
+        if not acts(item, train)
     ]
+    if not _pairs(arms):
+        notes.append("the image tower alone: in a run its task adds a text tower and the projection of both")
     if as_json:
         print(json.dumps(_as_json(backbone, request, arms, notes), indent=2))
         return 0
@@ -63,7 +68,7 @@ def flops(
         for name, towers in arms.items():
             _print_layers(out, name, towers, batch)
     for note in notes:
-        out.print(plain(f"- {note}"), style="yellow", markup=False, highlight=False)
+        out.print(plain(f"- {note}"), style="dim", markup=False, highlight=False)
     return 0
 
 

@@ -27,13 +27,20 @@ def gate(
 ) -> int:
     """Check that FLOPs, tokens and weights are exactly those of a reference; times and quality are not looked at.
 
-    Exits with 0 if they are, 1 if one changed (for better or worse), 2 if the two cannot be compared.
+    Exits with 0 if they are, 1 if one changed (for better or worse), 2 if the two cannot be compared. A run that is
+    INVALID for its times is compared all the same.
     """
     from effbench import store
+    from effbench.errors import InvalidError
     from effbench.gate import compare
 
     paths = [_record(out, name) for name in (reference, run)]
-    found = compare(*map(store.read, paths))
+    try:
+        found = compare(*map(store.read, paths))
+    except InvalidError as error:
+        if as_json:
+            print(json.dumps(dict(verdict="INVALID", said=str(error), changes=[], notes=[]), indent=1))
+        raise
     if as_json:
         changes = [{**vars(change), "percent": change.percent} for change in found.changes]
         verdict, _, said = found.verdict.partition(": ")
@@ -46,7 +53,7 @@ def gate(
         say(f"- {note}")
     say(found.verdict)
     if found.changes:
-        say(f"next:  if this is meant, renew the reference: {_renewal(*paths)}")
+        say(f"next:  if this is meant, {_renewal(*paths)}")
     return found.exit_code
 
 
@@ -63,10 +70,10 @@ def _record(out: Path, name: str) -> Path:
 
 
 def _renewal(reference: Path, run: Path) -> str:
-    """How to make the run the reference; a run in a leaderboard's folder is never changed."""
+    """How to make the run the reference; a record in a leaderboard's folder is never changed."""
     if reference.parent.parent.name == "records":
-        return f"effbench gate --reference {run.parent.name}"
-    return shlex.join(["cp", str(run), str(reference)])
+        return f"name this run as the reference from now on: {shlex.join(['--reference', str(run)])}"
+    return f"renew the reference: {shlex.join(['cp', str(run), str(reference)])}"
 
 
 def _table(found: Comparison) -> Table:

@@ -13,6 +13,10 @@ from torch import Tensor
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMPS", "AutogradXPU", "AutogradMeta")
 
+#: what is added to a hidden score lies so far below its row's largest that the softmax leaves nothing of it; libraries
+#: write -inf, -1e9 or the smallest number of the dtype
+HIDDEN = 1e4
+
 Attend = Callable[..., Tensor]
 
 
@@ -52,7 +56,7 @@ def kept_share(queries: int, keys: int, mask: Tensor | None, is_causal: bool) ->
     """Share of the query-key pairs that a mask keeps; 1 where it has no values to look at (on "meta").
 
     Args:
-        mask: True or finite where attended to, broadcastable to (..., queries, keys).
+        mask: True where attended to, or what is added to the scores; broadcastable to (..., queries, keys).
         is_causal: query i sees keys 0 to i (torch's alignment, top left).
     """
     if is_causal and queries and keys:
@@ -60,7 +64,7 @@ def kept_share(queries: int, keys: int, mask: Tensor | None, is_causal: bool) ->
         return Fraction(whole * (whole + 1) // 2 + (queries - whole) * keys, queries * keys)
     if mask is None or mask.is_meta or not mask.numel():
         return Fraction(1)
-    seen = mask if mask.dtype == torch.bool else ~torch.isneginf(mask)
+    seen = mask if mask.dtype == torch.bool else mask > mask.amax(-1, keepdim=True) - HIDDEN
     return Fraction(int(seen.sum()), mask.numel())
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from effbench.errors import UsageError
+from effbench.errors import EffbenchError, UsageError
 from effbench.measure.analytic import AnalyticCount, analytic, disagreement
 from effbench.measure.flops import FlopCount, flops
 from effbench.method import Method, TrainingPlan
@@ -61,7 +61,7 @@ def count_towers(request: Request, methods: tuple[Method, ...] = ()) -> dict[str
     Tensors without values stand in for images, texts and weights where the model allows it; else it really runs.
 
     Args:
-        methods: a stack; with `request.train` only those that act while training.
+        methods: a stack; of it only those count that act in what is counted (see `acts`).
 
     Raises:
         UsageError: an unknown backbone, or a method that does not fit it.
@@ -74,6 +74,11 @@ def count_towers(request: Request, methods: tuple[Method, ...] = ()) -> dict[str
         except (RuntimeError, ValueError, AssertionError):  # values decide what runs, or a kernel needs them
             found[name] = _run(name, *_built(request, methods)[name], request.train)
     return found
+
+
+def acts(method: Method, train: bool) -> bool:
+    """Whether a method is there in a training step (phase "train" or "both"), or in a test step ("test" or "both")."""
+    return method.phase in (("train", "both") if train else ("test", "both"))
 
 
 def total(towers: dict[str, TowerFlops]) -> FlopCount:
@@ -111,6 +116,11 @@ def _built(request: Request, methods: tuple[Method, ...]) -> dict[str, tuple[nn.
             model.reset_classifier(classes)
     with torch.random.fork_rng(devices=[]):
         _edit(model, methods, request.train)
+    if not any(True for _ in model.parameters()):
+        raise UsageError(
+            f"{request.backbone} brings no tower that could be counted: its task builds the model",
+            "count a model of your own in Python: effbench.flops(model, *inputs)",
+        )
     side = backbone.image_size
     towers = {"image": (getattr(model, "visual", model), torch.zeros(request.batch, 3, side, side))}
     if backbone.has_text:
@@ -120,7 +130,7 @@ def _built(request: Request, methods: tuple[Method, ...]) -> dict[str, tuple[nn.
 
 
 def _edit(model: nn.Module, methods: tuple[Method, ...], train: bool) -> None:
-    acting = [method for method in methods if not train or method.phase != "test"]
+    acting = [method for method in methods if acts(method, train)]
     if not acting:
         return
     seen = view(model)
@@ -142,6 +152,11 @@ def _run(name: str, tower: nn.Module, inputs: Tensor, train: bool) -> TowerFlops
     try:
         return _count(tower, inputs, train, without_values=False)
     except (RuntimeError, ValueError, AssertionError) as error:
+        if "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
+            raise EffbenchError(
+                f"not enough memory for the {name} tower on a batch of {len(inputs)}",
+                "FLOPs grow in proportion with the batch: count a smaller --batch",
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
             f"the {name} tower cannot run on a batch of {len(inputs)}: {reason}", "try another --image-size or --batch"

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -92,7 +92,8 @@ def flops(model: nn.Module, *inputs: Any, train: bool = False, **kwargs: Any) ->
         raise UsageError(f"flops needs a torch module, not {type(model).__name__}", "effbench.flops(model, images)")
 
     def call() -> None:
-        model.train(train)
+        with suppress(NotImplementedError):  # an exported program has the one mode that it was exported in
+            model.train(train)
         with torch.set_grad_enabled(train):
             outputs = model(*inputs, **kwargs)
         if train:
@@ -176,7 +177,8 @@ class _Counter(TorchDispatchMode):
             self.add_low_bit(*integers)
         elif formula is not None:
             kept = flex_share(args) if "flex_attention" in str(func) else None
-            self.add(int(formula(*args, **kwargs, out_val=out)), kept)
+            parts = 4 if isinstance(out, Tensor) and out.is_complex() else 1  # a complex MAC is four of real numbers
+            self.add(parts * int(formula(*args, **kwargs, out_val=out)), kept)
         elif hides_work(func):
             self.unknown.add(str(func))
         return out

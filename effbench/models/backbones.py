@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -171,6 +172,7 @@ class OpenClip(Backbone):
         if name not in open_clip.list_models():
             raise UsageError(f"OpenCLIP has no model named {name!r}", _closest(name, open_clip.list_models()))
         try:
+            logging.disable(logging.WARNING)  # it warns of the random weights that were asked for
             model = open_clip.create_model(
                 name,
                 pretrained=pretrained,
@@ -182,6 +184,8 @@ class OpenClip(Backbone):
             if pretrained is None:
                 raise UsageError(f"OpenCLIP cannot make {name!r}: {error}", "choose a model with ViT towers") from error
             raise _not_downloaded(f"openclip:{name} ({pretrained})", error) from error
+        finally:
+            logging.disable(logging.NOTSET)
         if weights not in (None, "random"):
             load_into(model, weights, _openclip_filter)
         elif weights is None and pretrained is None:

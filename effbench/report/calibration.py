@@ -69,7 +69,7 @@ def rows(setting: Setting, trials: list[Trial]) -> list[Row]:
         title = f"{100 * setting.slower:g} % slower arm called SLOWER"
         found += [
             rate(title, hits, len(slower), 0.95, 1, "at least 95 %", 40),
-            Row("  its extra work, timed alone", _spread(own, "% of a step")),
+            Row("  its extra work, timed alone", _spread(own, "% of a step"), "", *_near(own, 100 * setting.slower)),
             Row("  its speed-up", _spread([t.speedup.value for t in slower], "x", 3)),
             Row(
                 "  seconds that took", _spread([t.seconds for t in slower], "s", 1), bar=f"at most {setting.budget:g} s"
@@ -107,6 +107,12 @@ def print_calibration(setting: Setting, trials: list[Trial], console: Console) -
 def _spread(values: list[float], unit: str, digits: int = 2) -> str:
     low, middle, high = np.percentile(values, [0, 50, 100])
     return f"{middle:.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _near(own: list[float], wanted: float) -> tuple[str, str]:
+    """What the extra work should be: within a fifth of what was asked for, or the row above is about another arm."""
+    low, high = 0.8 * wanted, 1.2 * wanted
+    return f"{low:g} to {high:g} %", "ok" if low <= np.median(own) <= high else "short"
 
 
 def _place(trial: Trial) -> float:

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import math
 
-from effbench.records import Arm, Calibration, Flops, Interval, Memory, MetricValue, Record, Speedup, TimeSplit
+from effbench.records import (
+    Arm,
+    Calibration,
+    Flops,
+    Interval,
+    Memory,
+    MetricValue,
+    Record,
+    Speedup,
+    TimeSplit,
+    Timing,
+)
 
 NONE = "—"
+LEAST_PROMISE = 0.01  # a promise nearer to 1 than this is none
+FIRM = 300  # A/A trials from which on their rates are firm
+UNSTEADY = 0.2  # distance of the quartiles, as a share of the figure, from which on it is called so
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -24,8 +38,38 @@ def bounds(figure: Interval | MetricValue, scale: float = 1, digits: int = 2, si
 
 
 def ratio(figure: Speedup | None) -> str:
-    """`1.42x [1.38, 1.47]`."""
-    return NONE if figure is None else f"{figure.value:.2f}x{bounds(figure)}"
+    """`1.42x [1.38, 1.47]`; near 1, where the third digit decides on the verdict, `0.987x [0.969, 1.004]`."""
+    if figure is None:
+        return NONE
+    digits = 3 if 0.9 < figure.value < 1.1 else 2
+    return f"{figure.value:.{digits}f}x{bounds(figure, digits=digits)}"
+
+
+def realised(arm: Arm, interval: bool = False) -> str:
+    """Measured speed-up as a share of what the FLOPs promise; nothing where they promise next to nothing."""
+    if arm.promised is None or arm.realised is None or abs(arm.promised - 1) < LEAST_PROMISE:
+        return NONE
+    scale = 100 / arm.promised
+    return f"{100 * arm.realised:.0f} %{bounds(arm.test_speedup, scale, 0) if interval and arm.test_speedup else ''}"
+
+
+def pays(arm: Arm) -> str:
+    """The batch from which on an arm is faster, and the smaller ones of which that is not known."""
+    if not arm.by_batch or arm.kind == "baseline":
+        return NONE
+    below = [t for t in arm.by_batch if t.speedup and (arm.pays_from is None or t.batch < arm.pays_from)]
+    unknown = [str(t.batch) for t in below if t.speedup.verdict in ("AMBIGUOUS", "TOO FEW SAMPLES")]
+    return f"{arm.pays_from or 'none of these'}{f' (undecided: {chr(44).join(unknown)})' if unknown else ''}"
+
+
+def milliseconds(timing: Timing | None) -> str:
+    """`9.64`, with the quartiles of the steps where they are far apart."""
+    if timing is None:
+        return NONE
+    text = number(1000 * timing.seconds)
+    if timing.low is None or timing.high is None or timing.high - timing.low <= UNSTEADY * timing.seconds:
+        return text
+    return f"{text} (unsteady: {number(1000 * timing.low)} to {number(1000 * timing.high)})"
 
 
 def verdict(figure: Speedup | None) -> str:
@@ -56,6 +100,20 @@ def peak(memory: Memory | None) -> int | None:
     return memory and (memory.run_peak if memory.tensor_peak is None else memory.tensor_peak)
 
 
+def precision(record: Record) -> str:
+    """How many pairs were timed, what was asked for and what was reached."""
+    found = [arm.test_speedup for arm in record.arms if arm.test_speedup]
+    if not found:
+        return ""
+    pairs = min(figure.n for figure in found)
+    widths = [(figure.high - figure.low) / (2 * figure.value) for figure in found if figure.low is not None]
+    reached = f", intervals within +-{100 * max(widths):.1f} %" if widths else ""
+    asked = record.provenance
+    until = f", asked for +-{100 * asked.until:g} %" if asked.until else ""
+    budget = f", a budget of {asked.budget:g} s" if asked.budget else ""
+    return f"timed {pairs} pairs{reached}{until}{budget}"
+
+
 def by_layer(tokens: tuple[int, ...]) -> str:
     """Tokens by layer with repeats counted: `197 x3, 138 x3`."""
     runs: list[list[int]] = []
@@ -72,9 +130,12 @@ def calibration(found: Calibration | None) -> str:
     if found is None:
         return "not calibrated (effbench calibrate)"
     false = sum(found.verdicts.get(each, 0) for each in ("FASTER", "SLOWER"))
+    sure = found.verdicts.get("NO DIFFERENCE", 0)
+    few = " (few)" if found.trials < FIRM else ""
     return (
-        f"calibrated {found.created:%Y-%m-%d}: of {found.trials} A/A trials 95 % were within "
-        f"{100 * found.noise_floor:.1f} %, {100 * found.coverage:.1f} % of intervals held 1, {false} false verdicts"
+        f"calibrated {found.created:%Y-%m-%d} with {found.trials} A/A trials{few} of "
+        f"{found.pairs} pairs ({found.backbone}, batch {found.batch}): 95 % within {100 * found.noise_floor:.1f} %, "
+        f"{100 * found.coverage:.1f} % of intervals hold 1; {false} false verdicts, {sure} NO DIFFERENCE"
     )
 
 
@@ -101,6 +162,8 @@ def tokens(arm: Arm) -> str:
     """Tokens that enter the first and the last block's MLP."""
     if not arm.tokens:
         return NONE
+    if arm.structure and arm.structure.masked_tokens:
+        return f"{arm.tokens[0]}, masked, not removed"
     first, last = arm.tokens[0], arm.tokens[-1]
     return str(first) if first == last else f"{first} → {last}"
 

@@ -36,6 +36,10 @@ Written by `effbench leaderboard` from the records in [records](records); do not
 - GFLOPs: per image-caption pair at test time, 1 MAC = 2 FLOPs; `+` is the method's own scoring, `≥` a lower bound.
   Useful: what masks leave of them. Low-bit: bit operations, not within GFLOPs. Analytic: the same by the layers'
   formulas; `≠` where it is off by more than 1 %.
+- Time of a step: mean of the middle half of the timed steps; compute alone but for data wait and transfer. Memory:
+  growth of the process above what its libraries take, and the tensors in it.
+- Agrees in t2i_top1: share of the captions for which the arm ranks the same image first as the baseline;
+  t2i_overlap10: share of the ten best that both have in common; i2t: of images and their captions.
 - Tokens: those that enter the first and the last block's MLP. Peak: all tensors that live together in a test step, in a
   process of its own; the process's own growth stands beside it under Memory.
 - Train: — where an arm uses the baseline's own weights. Where the image tower is locked its features are computed once;
@@ -165,7 +169,7 @@ def _conditions(envelope: Envelope) -> str:
     return (
         f"{trained}{protocol.image_size} px, {protocol.head} head, {_plural(len(protocol.seeds), 'seed')}, "
         f"{protocol.precision}, {_plural(protocol.threads, 'thread')} on {escape(protocol.device)} "
-        f"({escape(envelope.device_model)}); timed {protocol.timing_pairs} pairs of {protocol.timing_batch} images; "
+        f"({escape(envelope.device_model)}); timed in pairs of {protocol.timing_batch} images; "
         f"{escape(envelope.split)} split: {images:,} images, {captions:,} captions."
     )
 
@@ -230,7 +234,8 @@ def _measured(rows: list[Row], total: int) -> str:
         load = record.provenance.load
         facts = [
             f"noise floor (noop) {floor}",
-            figures.calibration(record.calibration),
+            figures.precision(record),
+            figures.calibration(record.calibration) if any(arm.test_speedup for arm in record.arms) else "",
             f"kernel effect (identity) {kernel}",
             f"load {load:.2f} per core" if load is not None else "",
             escape(figures.energy(record.energy)),

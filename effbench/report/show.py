@@ -39,15 +39,19 @@ def print_record(record: Record, console: Console) -> None:
     console.print(_cost(arms))
     if any(arm.step_time for arm in arms):
         console.print(_time(arms, protocol.timing_batch))
-    console.print(_quality(arms, record, 8 if console.width >= WIDE else MAX_METRICS))
+    shown = 8 if console.width >= WIDE else MAX_METRICS
+    console.print(_quality(arms, record, shown))
+    if len(record.envelope.metrics) > shown:
+        console.print(Text(f"{len(record.envelope.metrics) - shown} more metrics are on the page", style="dim"))
     floor, kernel = (next((arm for arm in arms if arm.control == name), None) for name in ("noop", "identity"))
     console.print(
         Text(
             f"noise floor (noop) {figures.ratio(floor and floor.test_speedup)} · "
-            f"kernel effect (identity) {figures.ratio(kernel and kernel.test_speedup)}\n"
-            f"this machine: {figures.calibration(record.calibration)}"
+            f"kernel effect (identity) {figures.ratio(kernel and kernel.test_speedup)}"
         )
     )
+    if any(arm.test_speedup for arm in arms):
+        console.print(Text(f"this machine: {figures.calibration(record.calibration)}\n{figures.precision(record)}"))
     for arm in arms:
         if arm.method_speedup and kernel and kernel.test_speedup and arm.kind == "method":
             differs = "; ".join(parity.differs(record.baseline().kernels, arm.kernels))
@@ -96,14 +100,14 @@ def _fill(table: Table, arms: list[Arm], cells: Callable[[Arm], list[str | Text]
 
 
 def _cost(arms: list[Arm]) -> Table:
-    columns = ["test speed-up", "FLOPs\npromise", "realised", "image", "train", "GFLOPs", "tokens"]
+    columns = ["test speed-up", "FLOPs\npromise", "realised", "image\ntower", "train", "GFLOPs", "tokens"]
     columns += ["weights\nMiB", "peak\nMiB"]
 
     def cells(arm: Arm) -> list[str | Text]:
         return [
             _speed(arm),
             f"{arm.promised:.2f}x" if arm.promised else figures.NONE,
-            figures.percent(arm.realised),
+            figures.realised(arm),
             f"{arm.image_speedup.value:.2f}x" if arm.image_speedup else figures.NONE,
             f"{arm.train_speedup.value:.2f}x" if arm.train_speedup and arm.train_time else figures.NONE,
             figures.gflops(arm.test_flops).replace(" +", "\n+"),
@@ -117,8 +121,8 @@ def _cost(arms: list[Arm]) -> Table:
 
 def _time(arms: list[Arm], batch: int) -> Table:
     """Milliseconds of a timed step by what they went to; latency and throughput; end to end and the ceiling."""
-    parts = ("image", "text", "overhead", "head", "data_wait")
-    columns = ["image", "text", "method\noverhead", "head", "data\nwait", "first\nstep", "latency\nms", "images/s"]
+    parts = ("compute", "image", "text", "overhead", "head")
+    columns = ["step\nms", "image\nms", "text\nms", "method\nms", "head\nms", "1 image\nms", "images/s"]
     columns += ["end to\nend", "Amdahl\nceiling", "pays from\nbatch"]
 
     def cells(arm: Arm) -> list[str | Text]:
@@ -129,15 +133,15 @@ def _time(arms: list[Arm], batch: int) -> Table:
         at = found.get(batch)
         return [
             *(figures.number(1000 * value / time.steps) if value else figures.NONE for value in spent),
-            figures.number(1000 * time.first_step),
-            figures.number(1000 * found[1].seconds) if 1 in found else figures.NONE,
+            figures.milliseconds(found.get(1)).replace(" (", "\n("),
             figures.number(batch / at.seconds) if at and at.seconds else figures.NONE,
             f"{arm.end_to_end_speedup.value:.2f}x" if arm.end_to_end_speedup else figures.NONE,
             f"{arm.ceiling:.2f}x" if arm.ceiling and arm.ceiling > 1 else figures.NONE,
-            str(arm.pays_from or figures.NONE),
+            figures.pays(arm).replace(" (", "\n("),
         ]
 
-    return _fill(_table(f"Time of a test step of {batch} images, in ms", columns), arms, cells)
+    title = f"Time of a test step of {batch} images (mean of the middle half of the steps)"
+    return _fill(_table(title, columns), arms, cells)
 
 
 def _speed(arm: Arm) -> Text:

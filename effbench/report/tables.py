@@ -50,7 +50,7 @@ def cost(rows: list[Row]) -> str:
             figures.ratio(arm.test_speedup),
             escape(figures.verdict(arm.test_speedup)),
             f"{arm.promised:.2f}x" if arm.promised else NONE,
-            figures.percent(arm.realised),
+            figures.realised(arm, interval=True),
             figures.ratio(arm.train_speedup) if arm.train_time else NONE,
             figures.gflops(arm.test_flops),
             figures.tokens(arm),
@@ -113,29 +113,29 @@ def batches(rows: list[Row]) -> str:
     def cells(row: Row) -> list[str]:
         found = {timing.batch: timing for timing in row.arm.by_batch}
         at = found.get(most)
-        never = "none of these" if found and row.arm.kind == "method" else NONE
         return [
-            figures.number(1000 * found[1].seconds) if 1 in found else NONE,
+            figures.milliseconds(found.get(1)),
             figures.number(most / at.seconds) if at and at.seconds else NONE,
             *(figures.ratio(found[size].speedup if size in found else None) for size in sizes),
-            str(row.arm.pays_from or never),
+            figures.pays(row.arm),
         ]
 
     return _table(rows, header, cells)
 
 
 def step(rows: list[Row]) -> str:
-    """Milliseconds of a timed test step, by what they were spent on."""
+    """Milliseconds of a timed test step, by what they were spent on; means of the middle half of the steps."""
     parts = ["image", "text", "overhead", "head", "data_wait", "transfer"]
     header = ["image tower ms", "text tower ms", "method overhead ms", "head ms", "data wait ms", "transfer ms"]
-    header += ["first step ms", "joules per step"]
+    header = ["step ms", *header, "first step ms", "joules per step"]
 
     def cells(row: Row) -> list[str]:
         time, energy = row.arm.step_time, row.arm.energy
         spent = [getattr(time, part) if time else 0.0 for part in parts]
         each = [figures.number(1000 * value / time.steps) if value else NONE for value in spent]
         first = figures.number(1000 * time.first_step) if time else NONE
-        return [*each, first, figures.number(energy.joules_per_step) if energy else NONE]
+        whole = figures.number(1000 * time.compute / time.steps) if time and time.steps else NONE
+        return [whole, *each, first, figures.number(energy.joules_per_step) if energy else NONE]
 
     return _table(rows, header, cells)
 
