@@ -298,3 +298,18 @@ def test_the_middle_half_leaves_the_hiccups_out():
     frame = speeds.complete(rows([1, 1, 1, 5, 1, 2, 3, 4, 90, 0.01, 2.5]))
     found = speeds.middle(speeds.timed(frame, "baseline", 4))
     assert sorted(found["seconds"]) == [2, 2.5, 3, 4] and speeds.by_batch(frame, "baseline", [4])[0].seconds == 2.875
+
+
+def test_garbage_is_collected_between_steps_not_within():
+    import gc
+
+    assert gc.isenabled() and Clock().timed(gc.isenabled)[0] is False and gc.isenabled()
+    with pytest.raises(ValueError):
+        Clock().timed(lambda: int("x"))
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        Clock().timed(lambda: None)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -61,14 +62,22 @@ class Clock:
     def timed(self, function: Callable[[], Result]) -> tuple[Result, float]:
         """The result of `function()` and the seconds that it took, the device synchronised before and after.
 
+        Python's garbage collector waits until it is over: it would come round at the same place of every few steps.
+
         Raises:
             InvalidError: the clock stepped backwards or is not finite.
         """
-        self._synchronise()
-        start = self.mark()
-        result = function()
-        end = self.mark()
-        self._synchronise()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            self._synchronise()
+            start = self.mark()
+            result = function()
+            end = self.mark()
+            self._synchronise()
+        finally:
+            if collecting:
+                gc.enable()
         return result, self.between(start, end)
 
     def _read(self) -> float:
