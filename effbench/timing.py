@@ -16,6 +16,7 @@ import torch
 
 from effbench import randomness, stats
 from effbench.lockstep import Arm, Batch, Partial, Save, Setting, columns, kept_state, restore, steps
+from effbench.measure.placement import place_anew
 
 WARMUP = 3  # first turns at a batch size; they are recorded, and no figure but `first_step` uses them
 CHECK_EVERY = 10  # pairs between two looks at the intervals
@@ -83,6 +84,7 @@ def pairs(
         arm.random = randomness.seeded(protocol.seeds[0])
     if partial:
         restore(arms, partial)
+    place_anew([arm.model for arm in arms if not arm.error], np.random.default_rng())
     before = partial["seconds"] if partial else 0.0
     taken: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for row in setting.rows:

@@ -22,6 +22,7 @@ from effbench.live import Live
 from effbench.lockstep import Arm, turn
 from effbench.measure.clock import Clock
 from effbench.measure.flops import flops_of
+from effbench.measure.placement import place_anew
 from effbench.measure.split import Split
 from effbench.models.choose import choose
 from effbench.records import Protocol
@@ -75,8 +76,8 @@ def _stopping(kind: Kind, setting: Setting) -> Stopping:
 class Pair:
     """Two arms on the same random images; the tower of each is a fresh copy, as in a run.
 
-    Fresh, since where two copies of the same weights come to lie in memory alone shifts their times by some 0.3 %:
-    arms that were made once would carry one such shift through all trials.
+    Fresh, and placed as a run's are, since where two copies of the same weights come to lie in memory alone shifts
+    their times by some 0.3 %: arms that were made once would carry one such shift through all trials.
 
     Args:
         tower: the image tower that both copy.
@@ -94,6 +95,7 @@ class Pair:
             arm = Arm(ArmPlan(name, kind=kind), model, randomness.seeded(0))
             arm.split = Split({"image": model.tower}, model, clock)
             self.arms.append(arm)
+        place_anew([arm.model for arm in self.arms], np.random.default_rng())
 
     def images(self) -> Tensor:
         return torch.randn(self.shape, generator=self.random).to(self.clock.device)
