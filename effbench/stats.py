@@ -12,6 +12,9 @@ from effbench.errors import InvalidError
 from effbench.records import Interval, Speedup
 
 MARGIN = 0.03  # relative difference below which two times count as the same
+SURE = (
+    0.99  # FASTER and SLOWER are said only where an interval of this level excludes 1: at most one false in a hundred
+)
 
 
 def speedup(
@@ -25,8 +28,8 @@ def speedup(
     once it is narrow enough leaves its coverage as it is (`tests/test_stats.py` simulates all of this, and
     `effbench calibrate` measures it). The verdict is
 
-    - FASTER: the interval lies wholly above 1 and the median above 1 + margin;
-    - SLOWER: the interval lies wholly below 1 and the median below 1 / (1 + margin);
+    - FASTER: the interval of level 0.99 lies wholly above 1 and the median above 1 + margin;
+    - SLOWER: the interval of level 0.99 lies wholly below 1 and the median below 1 / (1 + margin);
     - NO DIFFERENCE: the interval lies wholly inside [1 / (1 + margin), 1 + margin];
     - AMBIGUOUS: anything else;
     - TOO FEW SAMPLES: fewer than `least` pairs, or than the interval needs; `low` and `high` are then None.
@@ -54,9 +57,10 @@ def speedup(
     if rank == 0 or n < least:
         return Speedup(value=value, n=n, verdict="TOO FEW SAMPLES")
     low, high = float(ratios[rank - 1]), float(ratios[n - rank])
-    if low > 1 and value > 1 + margin:
+    sure = _rank(n, max(SURE, level))  # 0 where there are too few pairs to be so sure
+    if sure and ratios[sure - 1] > 1 and value > 1 + margin:
         verdict = "FASTER"
-    elif high < 1 and value < 1 / (1 + margin):
+    elif sure and ratios[n - sure] < 1 and value < 1 / (1 + margin):
         verdict = "SLOWER"
     elif low >= 1 / (1 + margin) and high <= 1 + margin:
         verdict = "NO DIFFERENCE"

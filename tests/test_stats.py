@@ -35,6 +35,15 @@ def test_speedup_and_slowdown_are_symmetric():
     assert forward.low == pytest.approx(1 / back.high) and (forward.verdict, back.verdict) == ("FASTER", "SLOWER")
 
 
+def test_a_verdict_needs_more_certainty_than_the_interval():
+    ratios = np.r_[np.full(9, 0.99), np.full(21, 1.2)]  # 9 of 30 below 1: within 95 %, not within 99 %
+    got = stats.speedup(ratios, np.ones(30))
+    assert got.low > 1 and got.verdict == "AMBIGUOUS"
+    assert stats.speedup(np.r_[np.full(7, 0.99), np.full(23, 1.2)], np.ones(30)).verdict == "FASTER"
+    assert stats.speedup(np.full(7, 2.0), np.ones(7)).verdict == "AMBIGUOUS"
+    assert stats.speedup(np.full(8, 2.0), np.ones(8)).verdict == "FASTER"
+
+
 def test_five_pairs_are_too_few_and_six_take_the_extremes():
     few = stats.speedup([2.0] * 5, [1.0] * 5)
     assert few.verdict == "TOO FEW SAMPLES" and few.low is None and few.value == 2

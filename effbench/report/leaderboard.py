@@ -28,8 +28,8 @@ Written by `effbench leaderboard` from the records in [records](records); do not
 - Every table is one *envelope*: the same task, data, weights, protocol and device. Rows of two tables are never ranked
   together.
 - Order: the baseline, then the methods by test speed-up, then the controls.
-- Speed-up: median of the paired ratios baseline time / arm time, with its 95 % interval. FASTER and SLOWER need an
-  interval that excludes 1 and a median beyond 3 %; NO DIFFERENCE an interval within 3 %; AMBIGUOUS is an answer. A
+- Speed-up: median of the paired ratios baseline time / arm time, with its 95 % interval. FASTER and SLOWER need a
+  99 % interval that excludes 1 and a median beyond 3 %; NO DIFFERENCE an interval within 3 %; AMBIGUOUS is an answer. A
   speed-up inside the band of `noop`, a second untouched baseline, is noise.
 - FLOPs promise: FLOPs of the baseline / FLOPs of the arm, its own scoring and matching included. Realised: measured
   speed-up / promise.
