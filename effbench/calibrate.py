@@ -116,7 +116,7 @@ def summary(setting: Setting, trials: list[Trial]) -> Calibration:
         trials=len(same),
         noise_floor=float(np.percentile([abs(each.value - 1) for each in same], 95)),
         coverage=float(np.mean(held)),
-        half_width=float(np.median([stats.half_width(each) for each in same])),
+        half_width=float(np.median([each.half_width for each in same])),
         verdicts=dict(Counter(each.verdict for each in same)),
         slower_by=float(np.median([trial.extra for trial in slower])) if slower else None,
         slower_trials=len(slower),

@@ -15,7 +15,7 @@ from effbench.errors import EffbenchError
 from effbench.measure.analytic import analytic_of, disagreement
 from effbench.measure.flops import FlopCount, flops_of
 from effbench.measure.kernels import kernels
-from effbench.measure.memory import probe, weight_bytes
+from effbench.measure.memory import probe
 from effbench.measure.structure import structure
 from effbench.memory_probe import Shapes, make_step, make_training_step
 from effbench.training import training_mode
@@ -48,15 +48,16 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
     with torch.no_grad():
         count = flops_of(step, arm.model)
         formulas = analytic_of(step, arm.model)
+    there = structure(arm.model, training.model if training is not None else None)
     facts: dict[str, Any] = dict(
         test_flops=_flops([(count, 1)], 1).model_copy(
             update=dict(analytic=None if formulas.without_formula else formulas.flops)
         ),
         tokens=tokens_per_layer(task.parts(arm.model).get("image", arm.model), step),
         parameters=sum(p.numel() for p in arm.model.parameters()),
-        weight_bytes=weight_bytes(arm.model),
+        weight_bytes=sum(there.dtypes.values()),
         kernels=seen,
-        structure=structure(arm.model, training.model if training is not None else None),
+        structure=there,
     )
     if training is not None:
         facts["trained_parameters"] = sum(p.numel() for p in training.model.parameters() if p.requires_grad)

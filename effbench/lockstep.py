@@ -168,16 +168,25 @@ def steps(
 
 def _unchanged(work: Callable[[Arm, Batch, int], Any], arm: Arm, batch: Batch, index: int) -> Any:
     """The arm's step; the arms after it get the very same batch."""
-    versions = {key: value._version for key, value in batch.items()}
+    before = versions(batch)
     result = work(arm, dict(batch), index)
-    changed = [key for key, value in batch.items() if value._version != versions[key]]
-    if changed:
+    if changed := written_into(batch, before):
         # nobody after this arm can be compared: not even the baseline, if it was its turn later
         raise BatchChanged(
             f"{arm.name} changed the batch that all arms share ({', '.join(changed)}, in place)",
             "let the method work on a copy: x = x.clone()",
         )
     return result
+
+
+def versions(batch: Batch) -> dict[str, int]:
+    """How often each tensor of a batch was written into so far."""
+    return {key: value._version for key, value in batch.items()}
+
+
+def written_into(batch: Batch, before: dict[str, int]) -> list[str]:
+    """The entries of a batch that were written into since `before`, which `versions` gave."""
+    return [key for key, value in batch.items() if value._version != before[key]]
 
 
 class BatchChanged(EffbenchError):

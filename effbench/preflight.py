@@ -7,7 +7,7 @@ import torch
 
 from effbench import randomness
 from effbench.errors import EffbenchError, InvalidError
-from effbench.lockstep import Arm, Batch, Setting, describe
+from effbench.lockstep import Arm, Batch, Setting, describe, versions, written_into
 
 IMAGES = 2
 TOLERANCE = 1e-5  # of the largest output: kernels of a GPU may add in another order
@@ -38,14 +38,13 @@ def preflight(arms: list[Arm], setting: Setting) -> None:
 
 def _problem(arm: Arm, batch: Batch, setting: Setting) -> str:
     """Why the arm cannot be measured; empty where it can."""
-    versions = {key: value._version for key, value in batch.items()}
+    untouched = versions(batch)
     before, answers = arm.random, []
     for _ in range(2):
         arm.random = before
         with randomness.swapped(arm), torch.inference_mode():
             answers.append(setting.task.predict(arm.model, dict(batch)))
-        changed = [key for key, value in batch.items() if value._version != versions[key]]
-        if changed:
+        if changed := written_into(batch, untouched):
             arm.random = before
             return f"it writes into the batch that all arms share ({', '.join(changed)}): work on a copy, x = x.clone()"
     arm.random = before

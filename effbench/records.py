@@ -101,6 +101,11 @@ class Interval(Model):
     high: Finite | None = None
     n: Count = 0
 
+    @property
+    def half_width(self) -> float | None:
+        """Half the width of the interval, relative to the figure; None where there is none."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / (2 * self.value)
+
 
 class Speedup(Interval):
     """Median of paired ratios baseline time / arm time."""
@@ -314,6 +319,10 @@ class Record(Model):
             if arm.name == name:
                 return arm
         raise KeyError(name)
+
+    def control(self, name: str) -> Arm | None:
+        """The control of that kind, e.g. "noop"; None where there is none, and the first of several."""
+        return next((arm for arm in self.arms if arm.control == name), None)
 
     def baseline(self) -> Arm:
         """The baseline arm (a record always has one)."""

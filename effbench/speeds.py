@@ -58,13 +58,13 @@ def speedup(baseline: pd.DataFrame, arm: pd.DataFrame, *columns: str, level: flo
     return stats.speedup(*sums, level=level)
 
 
-def training_speedup(rows: pd.DataFrame, arm: str, baseline: str = "baseline", level: float = 0.95) -> records.Speedup:
+def training_speedup(rows: pd.DataFrame, arm: str, level: float = 0.95) -> records.Speedup:
     """Of the whole training, features of a frozen tower included.
 
     Steps are summed in blocks that each hold their part of the feature pass and of the steps of every seed.
     """
     sums = []
-    for name in (baseline, arm):
+    for name in ("baseline", arm):
         own = rows[(rows["arm"] == name) & rows["phase"].isin(["features", "train"])]
         total = np.zeros(BLOCKS)
         for _, part in own.groupby(["phase", "seed"]):

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import binom
 
 from effbench.errors import InvalidError
-from effbench.records import Interval, Speedup
+from effbench.records import Speedup
 
 MARGIN = 0.03  # relative difference below which two times count as the same
 SURE = (
@@ -76,10 +76,3 @@ def _rank(n: int, level: float) -> int:
     while rank > 0 and 2 * binom.cdf(rank - 1, n, 0.5) > 1 - level:
         rank -= 1
     return rank
-
-
-def half_width(figure: Interval) -> float | None:
-    """Half the width of a figure's interval, relative to the figure; None where it has no interval."""
-    if figure.low is None or figure.high is None:
-        return None
-    return (figure.high - figure.low) / (2 * figure.value)

@@ -59,7 +59,7 @@ class Stopping:
             return self.budget is None and pairs >= self.pairs
         if pairs < self.pairs or (pairs - self.pairs) % CHECK_EVERY:
             return False
-        widths = (stats.half_width(stats.speedup(times[0], arm)) for arm in times[1:])
+        widths = (stats.speedup(times[0], arm).half_width for arm in times[1:])
         return all(width is not None and width <= self.until for width in widths)
 
 

@@ -26,11 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_leaves
 
 from effbench.errors import EffbenchError, UsageError
 from effbench.measure import nvidia
-from effbench.measure.tensor_memory import STEPS, Step, held, living, storages, tensor_peak
+from effbench.measure.tensor_memory import STEPS, Step, held, living, storages, tensor_peak, weights
 from effbench.records import Memory
 
 LIBRARIES = ["torch", "timm", "open_clip", "effbench.measure.memory"]
@@ -54,7 +53,7 @@ def process_peak() -> int:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of parameters, buffers and packed quantised weights; what shares storage counts once."""
-    return _bytes(storages([*model.parameters(), *model.buffers(), *tree_leaves(model.state_dict())]))
+    return _bytes(storages(weights(model)))
 
 
 def probe(
@@ -183,10 +182,10 @@ def _resident_growth(make_step: MakeStep, args: tuple[Any, ...], _device: str) -
     _reset_peak()
     step = make_step(*args)
     load_peak = process_peak()
-    weights = weight_bytes(step.model)
+    own = weight_bytes(step.model)
     peaks: list[int] = []
-    tensors = tensor_peak(step, weights, before, lambda: peaks.append(process_peak()))
-    return dict(weights=weights, load_peak=max(0, load_peak - base), run_peak=max(0, peaks[0] - base)) | tensors
+    tensors = tensor_peak(step, own, before, lambda: peaks.append(process_peak()))
+    return dict(weights=own, load_peak=max(0, load_peak - base), run_peak=max(0, peaks[0] - base)) | tensors
 
 
 def _device_growth(make_step: MakeStep, args: tuple[Any, ...], device: str) -> dict[str, int | None]:
@@ -195,7 +194,7 @@ def _device_growth(make_step: MakeStep, args: tuple[Any, ...], device: str) -> d
     step = make_step(*args)
     torch.cuda.synchronize()
     load_peak = torch.cuda.max_memory_allocated()
-    weights = weight_bytes(step.model)
+    own = weight_bytes(step.model)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(STEPS):
         step.run()
@@ -204,11 +203,11 @@ def _device_growth(make_step: MakeStep, args: tuple[Any, ...], device: str) -> d
     # what outlives a step is there at the peak of the next: it still has the gradients of the one before
     kinds = {kind: _bytes(found) if step.optimiser else None for kind, found in held(step).items()}
     return dict(
-        weights=weights,
+        weights=own,
         load_peak=load_peak,
         run_peak=max(load_peak, peak),
         tensor_peak=peak,
-        activations=max(0, peak - weights - sum(size or 0 for size in kinds.values())),
+        activations=max(0, peak - own - sum(size or 0 for size in kinds.values())),
         reserved=torch.cuda.max_memory_reserved(),
         process=nvidia.process_memory(device),
         **kinds,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from effbench.measure.kernels import dtype_name
-from effbench.measure.tensor_memory import plain
+from effbench.measure.tensor_memory import plain, weights
 from effbench.records import Flops, Structure
 
 LINEAR = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.modules.conv._ConvNd)
@@ -105,8 +105,7 @@ def _bytes(model: nn.Module) -> dict[str, int]:
     """Bytes by dtype of parameters, buffers and packed quantised weights; what shares storage counts once."""
     found: Counter[str] = Counter()
     seen = set()
-    held = [*model.parameters(), *model.buffers(), *tree_leaves(model.state_dict())]
-    for tensor in (part for leaf in held if isinstance(leaf, Tensor) for part in plain(leaf)):
+    for tensor in (part for leaf in weights(model) if isinstance(leaf, Tensor) for part in plain(leaf)):
         storage = tensor.untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)

@@ -53,6 +53,11 @@ def storages(tensors: Iterable[Any]) -> dict[int, torch.UntypedStorage]:
     return {storage._cdata: storage for storage in found}
 
 
+def weights(model: nn.Module) -> list[Any]:
+    """Parameters, buffers and what else a state dict holds, e.g. packed quantised weights; some of it twice."""
+    return [*model.parameters(), *model.buffers(), *tree_leaves(model.state_dict())]
+
+
 def held(step: Step) -> dict[str, dict[int, torch.UntypedStorage]]:
     """Storages of the gradients and of the optimiser's state, as they are now."""
     gradients = [p.grad for p in step.model.parameters() if p.grad is not None]

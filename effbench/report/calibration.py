@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 from scipy.stats import binomtest
 
-from effbench import stats
 from effbench.calibrate import LOADED_UNTIL, Setting, Trial
 from effbench.report.markdown import clean
 
@@ -60,7 +59,7 @@ def rows(setting: Setting, trials: list[Trial]) -> list[Row]:
             rate("intervals that hold 1", held, n, 0.93, 0.98, "93 to 98 %", 300),
             Row("AMBIGUOUS", f"{100 * undecided / n:.1f} % ({undecided} of {n})"),
             Row("noise floor: 95 % of speed-ups within", f"{np.percentile(off, 95):.2f} % of 1"),
-            Row("half-width of the interval", _spread([100 * stats.half_width(t.speedup) for t in same], "%")),
+            Row("half-width of the interval", _spread([100 * t.speedup.half_width for t in same], "%")),
             Row("price of the second place in a pair", f"{100 * np.median([_place(t) for t in same]):+.2f} %"),
         ]
     if slower:
@@ -76,7 +75,7 @@ def rows(setting: Setting, trials: list[Trial]) -> list[Row]:
             ),
         ]
     if loaded:
-        found_widths = [stats.half_width(t.speedup) for t in loaded]
+        found_widths = [t.speedup.half_width for t in loaded]
         widths = [math.inf if width is None else width for width in found_widths]
         hits = sum(width <= LOADED_UNTIL for width in widths)
         text = f"half-width {100 * LOADED_UNTIL:g} % within {setting.budget:g} s beside a busy process"

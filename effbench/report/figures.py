@@ -18,6 +18,7 @@ from effbench.records import (
 )
 
 NONE = "—"
+KINDS = ("baseline", "method", "control")  # the order in which arms are shown
 LEAST_PROMISE = 0.01  # a promise nearer to 1 than this is none
 FIRM = 300  # A/A trials from which on their rates are firm
 UNSTEADY = 0.2  # distance of the quartiles, as a share of the figure, from which on it is called so
@@ -43,6 +44,27 @@ def ratio(figure: Speedup | None) -> str:
         return NONE
     digits = 3 if 0.9 < figure.value < 1.1 else 2
     return f"{figure.value:.{digits}f}x{bounds(figure, digits=digits)}"
+
+
+def promise(arm: Arm) -> str:
+    """The speed-up that the FLOPs promise."""
+    return f"{arm.promised:.2f}x" if arm.promised else NONE
+
+
+def ceiling(arm: Arm) -> str:
+    """Amdahl's ceiling, where there is one."""
+    return f"{arm.ceiling:.2f}x" if arm.ceiling and arm.ceiling > 1 else NONE
+
+
+def throughput(timing: Timing | None) -> str:
+    """Images per second."""
+    return number(timing.batch / timing.seconds) if timing and timing.seconds else NONE
+
+
+def per_step(time: TimeSplit | None, part: str) -> str:
+    """Milliseconds that a part of a step took, where it took any."""
+    value = getattr(time, part) if time and time.steps else 0.0
+    return number(1000 * value / time.steps) if value else NONE
 
 
 def realised(arm: Arm, interval: bool = False) -> str:
@@ -106,7 +128,7 @@ def precision(record: Record) -> str:
     if not found:
         return ""
     pairs = min(figure.n for figure in found)
-    widths = [(figure.high - figure.low) / (2 * figure.value) for figure in found if figure.low is not None]
+    widths = [figure.half_width for figure in found if figure.half_width is not None]
     reached = f", intervals within +-{100 * max(widths):.1f} %" if widths else ""
     asked = record.provenance
     until = f", asked for +-{100 * asked.until:g} %" if asked.until else ""
@@ -198,16 +220,6 @@ def label(arm: Arm) -> str:
     """The arm's name, with its stack where the name does not say it."""
     text = f"{arm.name}: {arm.spec}" if arm.spec and not arm.spec.startswith(arm.name) else arm.spec or arm.name
     return f"control · {text}" if arm.kind == "control" else text
-
-
-def seconds(time: TimeSplit | None) -> str:
-    """Data wait and compute together, e.g. `96.2 s`."""
-    return NONE if time is None else f"{number(time.total)} s"
-
-
-def waiting(time: TimeSplit | None) -> str:
-    """Data wait as a share of the time."""
-    return NONE if time is None or not time.total else f"{100 * time.data_wait / time.total:.1f} %"
 
 
 def status(arm: Arm) -> str:

@@ -19,7 +19,6 @@ from effbench.report import figures, tables
 from effbench.report.markdown import code, escape
 from effbench.report.tables import Row
 
-KINDS = ("baseline", "method", "control")
 INTRODUCTION = """\
 # effbench leaderboard
 
@@ -215,7 +214,7 @@ def _rows(records: list[Record]) -> list[Row]:
 
     def rank(row: Row) -> tuple:
         figure = row.arm.test_speedup
-        return KINDS.index(row.arm.kind), row.arm.status != "ok", -figure.value if figure else 0.0, row.arm.name
+        return figures.KINDS.index(row.arm.kind), row.arm.status != "ok", -figure.value if figure else 0.0, row.arm.name
 
     return sorted(rows, key=rank)
 
@@ -260,5 +259,5 @@ def _measured(rows: list[Row], total: int) -> str:
 
 
 def _control(record: Record, name: str) -> str:
-    arm = next((arm for arm in record.arms if arm.control == name), None)
+    arm = record.control(name)
     return figures.ratio(arm.test_speedup) if arm else figures.NONE

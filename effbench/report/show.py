@@ -23,7 +23,7 @@ WIDE = 130
 def print_record(record: Record, console: Console) -> None:
     """Print a run: what was measured, the arms' cost and quality, and what limits the figures (fits 100 columns)."""
     console.width = max(console.width, 100)  # a narrower table would lose columns; a narrow terminal wraps the lines
-    arms = sorted(record.arms, key=lambda arm: ("baseline", "method", "control").index(arm.kind))
+    arms = sorted(record.arms, key=lambda arm: figures.KINDS.index(arm.kind))
     envelope, protocol = record.envelope, record.envelope.protocol
     data = clean(envelope.data) + (" (synthetic)" if envelope.synthetic else "")
     console.print(Text.assemble((f"{clean(envelope.task)} on {data}", "bold"), f" · {clean(envelope.backbone)}"))
@@ -43,7 +43,7 @@ def print_record(record: Record, console: Console) -> None:
     console.print(_quality(arms, record, shown))
     if len(record.envelope.metrics) > shown:
         console.print(Text(f"{len(record.envelope.metrics) - shown} more metrics are on the page", style="dim"))
-    floor, kernel = (next((arm for arm in arms if arm.control == name), None) for name in ("noop", "identity"))
+    floor, kernel = (record.control(name) for name in ("noop", "identity"))
     console.print(
         Text(
             f"noise floor (noop) {figures.ratio(floor and floor.test_speedup)} · "
@@ -106,7 +106,7 @@ def _cost(arms: list[Arm]) -> Table:
     def cells(arm: Arm) -> list[str | Text]:
         return [
             _speed(arm),
-            f"{arm.promised:.2f}x" if arm.promised else figures.NONE,
+            figures.promise(arm),
             figures.realised(arm),
             f"{arm.image_speedup.value:.2f}x" if arm.image_speedup else figures.NONE,
             f"{arm.train_speedup.value:.2f}x" if arm.train_speedup and arm.train_time else figures.NONE,
@@ -129,14 +129,12 @@ def _time(arms: list[Arm], batch: int) -> Table:
         time, found = arm.step_time, {timing.batch: timing for timing in arm.by_batch}
         if time is None:
             return [figures.NONE] * len(columns)
-        spent = [getattr(time, part) for part in parts]
-        at = found.get(batch)
         return [
-            *(figures.number(1000 * value / time.steps) if value else figures.NONE for value in spent),
+            *(figures.per_step(time, part) for part in parts),
             figures.milliseconds(found.get(1)).replace(" (", "\n("),
-            figures.number(batch / at.seconds) if at and at.seconds else figures.NONE,
+            figures.throughput(found.get(batch)),
             f"{arm.end_to_end_speedup.value:.2f}x" if arm.end_to_end_speedup else figures.NONE,
-            f"{arm.ceiling:.2f}x" if arm.ceiling and arm.ceiling > 1 else figures.NONE,
+            figures.ceiling(arm),
             figures.pays(arm).replace(" (", "\n("),
         ]
 

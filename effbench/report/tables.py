@@ -49,7 +49,7 @@ def cost(rows: list[Row]) -> str:
             NONE if arm.kind == "baseline" else arm.phase,
             figures.ratio(arm.test_speedup),
             escape(figures.verdict(arm.test_speedup)),
-            f"{arm.promised:.2f}x" if arm.promised else NONE,
+            figures.promise(arm),
             figures.realised(arm, interval=True),
             figures.ratio(arm.train_speedup) if arm.train_time else NONE,
             figures.gflops(arm.test_flops),
@@ -86,18 +86,17 @@ def origin(rows: list[Row]) -> str:
     header = ["compute", "end to end", "image tower", "Amdahl ceiling", "kernels", "kernel effect", "method effect"]
 
     def cells(row: Row) -> list[str]:
-        arm, others = row.arm, row.record.arms
-        identity = next((each for each in others if each.control == "identity"), None)
+        arm, identity = row.arm, row.record.control("identity")
         theirs = row.record.baseline().kernels
         differs = parity.differs(theirs, arm.kernels) if theirs and arm.kernels else ()
-        split = arm.method_speedup is not None and identity is not None
+        kernel = identity.test_speedup if identity and arm.method_speedup else None
         return [
             figures.ratio(arm.test_speedup),
             figures.ratio(arm.end_to_end_speedup),
             figures.ratio(arm.image_speedup),
-            f"{arm.ceiling:.2f}x" if arm.ceiling and arm.ceiling > 1 else NONE,
+            figures.ceiling(arm),
             escape("; ".join(differs)) or (NONE if arm.kind == "baseline" or arm.kernels is None else "the baseline's"),
-            figures.ratio(identity.test_speedup) if split and identity else NONE,
+            figures.ratio(kernel),
             figures.ratio(arm.method_speedup),
         ]
 
@@ -112,10 +111,9 @@ def batches(rows: list[Row]) -> str:
 
     def cells(row: Row) -> list[str]:
         found = {timing.batch: timing for timing in row.arm.by_batch}
-        at = found.get(most)
         return [
             figures.milliseconds(found.get(1)),
-            figures.number(most / at.seconds) if at and at.seconds else NONE,
+            figures.throughput(found.get(most)),
             *(figures.ratio(found[size].speedup if size in found else None) for size in sizes),
             figures.pays(row.arm),
         ]
@@ -125,17 +123,18 @@ def batches(rows: list[Row]) -> str:
 
 def step(rows: list[Row]) -> str:
     """Milliseconds of a timed test step, by what they were spent on; means of the middle half of the steps."""
-    parts = ["image", "text", "overhead", "head", "data_wait", "transfer"]
-    header = ["image tower ms", "text tower ms", "method overhead ms", "head ms", "data wait ms", "transfer ms"]
-    header = ["step ms", *header, "first step ms", "joules per step"]
+    parts = ["compute", "image", "text", "overhead", "head", "data_wait", "transfer"]
+    header = ["step ms", "image tower ms", "text tower ms", "method overhead ms", "head ms", "data wait ms"]
+    header += ["transfer ms", "first step ms", "joules per step"]
 
     def cells(row: Row) -> list[str]:
         time, energy = row.arm.step_time, row.arm.energy
-        spent = [getattr(time, part) if time else 0.0 for part in parts]
-        each = [figures.number(1000 * value / time.steps) if value else NONE for value in spent]
         first = figures.number(1000 * time.first_step) if time else NONE
-        whole = figures.number(1000 * time.compute / time.steps) if time and time.steps else NONE
-        return [whole, *each, first, figures.number(energy.joules_per_step) if energy else NONE]
+        return [
+            *(figures.per_step(time, part) for part in parts),
+            first,
+            figures.number(energy.joules_per_step) if energy else NONE,
+        ]
 
     return _table(rows, header, cells)
 
@@ -183,25 +182,27 @@ def anatomy(rows: list[Row]) -> str:
 
     def cells(row: Row) -> list[str]:
         arm, kernels, structure, flops = row.arm, row.arm.kernels, row.arm.structure, row.arm.test_flops
-        modes = kernels and [mode for mode in ("autocast", "compiled", "channels_last") if getattr(kernels, mode)]
-        useful = flops and flops.useful
-        return [
-            escape(", ".join(f"{path} x{n}" for path, n in kernels.attention.items())) or NONE if kernels else NONE,
-            escape(", ".join(kernels.precision)) or NONE if kernels else NONE,
-            ", ".join([f"threads {kernels.threads}", *(modes or [])]) if kernels else NONE,
-            escape(", ".join(f"{dtype} {figures.mebibytes(n)}" for dtype, n in structure.dtypes.items())) or NONE
-            if structure
-            else NONE,
-            figures.percent(structure.quantised_share) if structure and structure.quantised_share else NONE,
-            escape(", ".join(structure.trained_layers)) or NONE if structure else NONE,
-            "masked, not removed"
-            if structure and structure.masked_tokens
-            else figures.by_layer(arm.tokens)
-            if structure
-            else NONE,
-            figures.number(useful / 1e9) if useful and useful != flops.dense else NONE,
-            figures.number(flops.low_bit / 1e9) if flops and flops.low_bit else NONE,
-            figures.number(flops.analytic / 1e9) if flops and flops.analytic is not None else NONE,
-        ]
+        how, what, count = [NONE] * 3, [NONE] * 4, [NONE] * 3
+        if kernels:
+            modes = [mode for mode in ("autocast", "compiled", "channels_last") if getattr(kernels, mode)]
+            how = [
+                escape(", ".join(f"{path} x{n}" for path, n in kernels.attention.items())) or NONE,
+                escape(", ".join(kernels.precision)) or NONE,
+                ", ".join([f"threads {kernels.threads}", *modes]),
+            ]
+        if structure:
+            what = [
+                escape(", ".join(f"{dtype} {figures.mebibytes(n)}" for dtype, n in structure.dtypes.items())) or NONE,
+                figures.percent(structure.quantised_share) if structure.quantised_share else NONE,
+                escape(", ".join(structure.trained_layers)) or NONE,
+                "masked, not removed" if structure.masked_tokens else figures.by_layer(arm.tokens),
+            ]
+        if flops:
+            count = [
+                figures.number(flops.useful / 1e9) if flops.useful and flops.useful != flops.dense else NONE,
+                figures.number(flops.low_bit / 1e9) if flops.low_bit else NONE,
+                figures.number(flops.analytic / 1e9) if flops.analytic is not None else NONE,
+            ]
+        return [*how, *what, *count]
 
     return _table(rows, header, cells)

@@ -31,12 +31,11 @@ def comparison(record: Record, found: dict[str, Evidence], patches: tuple[int, i
         patches: tokens that are a real patch, and all tokens.
     """
     arms = (record.baseline(), next(arm for arm in record.arms if arm.kind == "method"))
-    undropped = next(arm for arm in record.arms if arm.control == "all_tokens")
+    undropped = record.control("all_tokens")
     evidence = (found["baseline"], found["method"])
     train, test = REPORTED["train_seconds"], REPORTED["test_seconds"]
     none = ("", "")
-    dropped = found["all_tokens"].right.dense_flops - found["method"].right.dense_flops
-    dropped += found["all_tokens"].right.overhead_flops - found["method"].right.overhead_flops
+    dropped = _flops(found["all_tokens"]) - _flops(found["method"])
     warm = [mean(epochs) for epochs in REPORTED["warm_epochs"]]
     loss = record.primary_metric
     return [
@@ -48,7 +47,7 @@ def comparison(record: Record, found: dict[str, Evidence], patches: tuple[int, i
         ("speed-up, testing", "", f"{test[0] / test[1]:.2f}x", "", _speed(arms[1].test_speedup)),
         ("the same, if no token is dropped", *none, "", _speed(undropped.test_speedup)),
         ("FLOPs, the report's counting", *(f"{n:,}" for n in REPORTED["flops"]), *(f"{e.own:,}" for e in evidence)),
-        ("FLOPs, counted right", *none, *(_flops(e) for e in evidence)),
+        ("FLOPs, counted right", *none, *(f"{_flops(e):,}" for e in evidence)),
         ("of these saved by dropping tokens", *none, "", f"{dropped:,}"),
         ("train loss per epoch", *(_losses(each) for each in REPORTED["losses"]), *(_losses(_own(a)) for a in arms)),
         ("test loss", *(f"{each:.4f}" for each in REPORTED["test_loss"]), *(_metric(arm, loss) for arm in arms)),
@@ -64,7 +63,7 @@ def comparison(record: Record, found: dict[str, Evidence], patches: tuple[int, i
 
 def remake(record: Record) -> list[tuple[str, ...]]:
     """Rows under REMAKE, the controls last."""
-    arms = sorted(record.arms, key=lambda arm: ("baseline", "method", "control").index(arm.kind))
+    arms = sorted(record.arms, key=lambda arm: figures.KINDS.index(arm.kind))
     primary = record.primary_metric
     return [
         (
@@ -97,8 +96,8 @@ def _speed(figure) -> str:
     return f"{figures.ratio(figure)} {figure.verdict}" if figure else figures.NONE
 
 
-def _flops(evidence: Evidence) -> str:
-    return f"{evidence.right.dense_flops + evidence.right.overhead_flops:,}"
+def _flops(evidence: Evidence) -> int:
+    return evidence.right.dense_flops + evidence.right.overhead_flops
 
 
 def _lossiness(arm: Arm, name: str) -> str:
