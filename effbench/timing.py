@@ -87,9 +87,13 @@ def pairs(
     place_anew([arm.model for arm in arms if not arm.error], np.random.default_rng())
     before = partial["seconds"] if partial else 0.0
     taken: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    for row in setting.rows:
-        if row["phase"] == phase and row["index"] >= WARMUP:
-            taken[row["arm"]].append(row["seconds"])
+
+    def note(rows: list[dict[str, Any]], since: int) -> None:
+        for row in rows:
+            if row["phase"] == phase and row["index"] >= max(since, WARMUP):
+                taken[row["arm"]].append(row["seconds"])
+
+    note(setting.rows, 0)
 
     def fetch(index: int) -> Batch:
         rng = np.random.default_rng([protocol.seeds[0], index])
@@ -112,9 +116,7 @@ def pairs(
     span = range(start, sys.maxsize if stopping.open_end else stopping.pairs + WARMUP)
     for index, _ in steps(arms, phase, protocol.seeds[0], span, fetch, work, setting):
         spent = before + setting.clock.now() - begun
-        for arm in arms:
-            if not arm.error and index >= WARMUP:
-                taken[arm.name].append(_last(setting.rows, arm.name, len(arms))["seconds"])
+        note(setting.rows[-len(arms) :], index)
         done = min(round(spent), round(stopping.limit)) if stopping.open_end else index + 1
         setting.live.advance(done, columns(arms, setting))
         save(lambda index=index, spent=spent: state(index, spent))
@@ -122,7 +124,3 @@ def pairs(
         if stopping.open_end and stopping.over(index + 1 - WARMUP, spent, times):
             break
     return state(-1, spent)
-
-
-def _last(rows: list[dict[str, Any]], arm: str, arms: int) -> dict[str, Any]:
-    return next(row for row in rows[-arms:] if row["arm"] == arm)

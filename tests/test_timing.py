@@ -13,7 +13,7 @@ from effbench.errors import EffbenchError, InvalidError
 from effbench.lockstep import Arm, BatchChanged, Setting, steps
 from effbench.measure.clock import Clock
 from effbench.measure.split import Split
-from effbench.timing import Stopping
+from effbench.timing import Stopping, pairs
 
 
 class Hands:
@@ -313,3 +313,31 @@ def test_garbage_is_collected_between_steps_not_within():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_a_failed_arm_does_not_lend_the_others_their_last_times(monkeypatch):
+    """Fewer rows a turn than arms: the times that decide when to stop are still one per pair."""
+    seen = []
+
+    class Task(OneImage):
+        def batch(self, *_):
+            return {}
+
+        def predict(self, model, batch):
+            pass
+
+    class Quiet:
+        def stage(self, *_, **__):
+            pass
+
+        advance = stage
+
+    monkeypatch.setattr(Stopping, "over", lambda self, pairs, seconds, times: seen.append(times) or pairs == 5)
+    chosen = setting()
+    chosen.task, chosen.live = Task(), Quiet()
+    arms = [arm("baseline", "baseline"), arm("A"), arm("failed")]
+    arms[2].error = "no kernel"
+    pairs(arms, 4, Stopping(5, budget=60), chosen, dict(test=8), None, lambda state: None)
+    for name, times in zip(("baseline", "A"), seen[-1], strict=True):
+        own = [row["seconds"] for row in chosen.rows if row["arm"] == name and row["index"] >= 3]
+        assert times == own and len(own) == 5
