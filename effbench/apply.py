@@ -13,7 +13,7 @@ M = TypeVar("M", bound="nn.Module")
 
 
 def apply(model: M, spec: str | tuple[Method, ...]) -> M:
-    """Edit a timm or OpenCLIP model in place, as the training-free part of a stack of methods does.
+    """Edit a timm or OpenCLIP model in place, by a stack of training-free methods.
 
     Args:
         model: a timm VisionTransformer or an OpenCLIP model with ViT towers, on any device, in float32 or half
@@ -25,15 +25,24 @@ def apply(model: M, spec: str | tuple[Method, ...]) -> M:
         The same object. It takes the same inputs and gives outputs of the same shape; tokens inside get fewer.
 
     Raises:
-        UsageError: an unknown method or parameter, or a model that a method cannot edit.
+        UsageError: an unknown method or parameter, a method that must be trained, or a model that a method cannot edit.
 
     Example:
         >>> model = effbench.apply(timm.create_model("deit_tiny_patch16_224", pretrained=True), "token_prune:keep=0.5")
     """
+    from effbench.errors import UsageError
     from effbench.models.tower import view
-    from effbench.spec import parse
+    from effbench.spec import canonical, check_stack, parse
 
-    methods = parse(spec) if isinstance(spec, str) else spec
+    methods = parse(spec) if isinstance(spec, str) else tuple(spec)
+    check_stack(methods)
+    for method in methods:
+        if method.phase != "test":
+            name = canonical((method,))
+            raise UsageError(
+                f"{name} acts while training (phase={method.phase}), and effbench.apply trains nothing",
+                "leave phase= out" if method.natural_phase() == "test" else f"train it: effbench run --method {name}",
+            )
     seen = view(model)
     for method in methods:
         method.edit_model(seen)

@@ -25,7 +25,7 @@ class ArmPlan:
         name: unique within the experiment.
         methods: applied in order.
         kind: "baseline", "control" or "method".
-        control: which control it is: noop, identity or one that a method named, e.g. random.
+        control: which control it is: noop, identity, one that a method named (random, grid, norm), resize, or part.
         controls_for: names of the arms that it is a control of; empty for all.
     """
 
@@ -50,8 +50,16 @@ class ArmPlan:
         return [method for method in self.methods if method.phase in phases]
 
 
-def plan_arms(stacks: Sequence[tuple[Method, ...]]) -> list[ArmPlan]:
-    """Baseline, noop, identity, the stacks asked for, and the controls that their methods name, none twice."""
+CONTROLS = ("random", "grid", "norm", "resize", "part")
+
+
+def plan_arms(stacks: Sequence[tuple[Method, ...]], wanted: Sequence[str] = ("random", "part")) -> list[ArmPlan]:
+    """Baseline, noop, identity, the stacks asked for, and their controls, none twice.
+
+    Args:
+        wanted: the controls to add, of `CONTROLS`: blind stand-ins of the same token budget that the methods name, one
+            per distinct budget; "part": each method of a stack alone. "resize" is `budget.resize_arms`'s.
+    """
     asked = {canonical(stack): stack for stack in stacks if stack}
     arms = [
         ArmPlan("baseline", kind="baseline"),
@@ -60,16 +68,26 @@ def plan_arms(stacks: Sequence[tuple[Method, ...]]) -> list[ArmPlan]:
     ]
     arms += [ArmPlan(spec, stack) for spec, stack in asked.items()]
     controls: dict[str, ArmPlan] = {}
+
     for spec, stack in asked.items():
-        for place, method in enumerate(stack):
-            for control, blind in method.controls().items():
-                other = stack[:place] + (blind,) + stack[place + 1 :]
+        for control, others in judges(stack).items():
+            for other in others if control in wanted else ():
                 name = canonical(other)
-                if name in asked:
-                    continue
-                known = controls.get(name, ArmPlan(name, other, "control", control))
-                controls[name] = replace(known, controls_for=(*known.controls_for, spec))
+                if name not in asked:
+                    known = controls.get(name, ArmPlan(name, other, "control", control))
+                    controls[name] = replace(known, controls_for=(*known.controls_for, spec))
     return arms + list(controls.values())
+
+
+def judges(stack: tuple[Method, ...]) -> dict[str, list[tuple[Method, ...]]]:
+    """The stacks that a stack is compared with, by control: its methods' blind stand-ins, and each method alone."""
+    found: dict[str, list[tuple[Method, ...]]] = {}
+    for place, method in enumerate(stack):
+        for control, blind in method.controls().items():
+            found.setdefault(control, []).append(stack[:place] + (blind,) + stack[place + 1 :])
+    if len(stack) > 1:
+        found["part"] = [(method,) for method in stack]
+    return found
 
 
 def training_model(

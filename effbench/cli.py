@@ -19,6 +19,7 @@ from effbench.commands.data import check, get
 from effbench.commands.flops import flops
 from effbench.commands.gate import gate
 from effbench.commands.run import exit_code, run
+from effbench.commands.sweep import sweep
 from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.terminal import console, say, say_error
 
@@ -77,6 +78,13 @@ app.command(
         "effbench run --preset course-report",
     )
 )(run)
+app.command(
+    epilog=_examples(
+        "effbench sweep sweeps/tokens.yaml --dry-run",
+        "effbench sweep sweeps/encoders.yaml --out results",
+        "effbench sweep sweeps/tokens.yaml --fresh",
+    )
+)(sweep)
 app.command(
     epilog=_examples(
         "effbench flops timm:deit_tiny_patch16_224",

@@ -18,12 +18,16 @@ from effbench.measure.kernels import kernels
 from effbench.measure.memory import probe
 from effbench.measure.structure import structure
 from effbench.memory_probe import Shapes, make_step, make_training_step
+from effbench.models.tower import view
 from effbench.training import training_mode
 
 if TYPE_CHECKING:
     from effbench.arms import ArmPlan
     from effbench.experiment import Experiment
     from effbench.lockstep import Arm, Batch
+
+
+IMAGES = 16  # whose FLOPs are counted one by one, where they depend on the image
 
 
 def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -36,8 +40,10 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
         the fields; and by part ("image", "text", "head") what tells whether a method changed it.
     """
     task = experiment.task
+    claims = {claim for method in arm.plan.methods for claim in method.claims}
+    pairs = min(experiment.protocol.timing_batch, experiment.sizes["test"]) if "per batch" in claims else 1
     batch = experiment.setting.to_device(
-        task.batch(experiment.prepared, "test", np.arange(1), np.random.default_rng(0))
+        task.batch(experiment.prepared, "test", np.arange(pairs), np.random.default_rng(0))
     )
 
     def step() -> None:
@@ -50,8 +56,8 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
         formulas = analytic_of(step, arm.model)
     there = structure(arm.model, training.model if training is not None else None)
     facts: dict[str, Any] = dict(
-        test_flops=_flops([(count, 1)], 1).model_copy(
-            update=dict(analytic=None if formulas.without_formula else formulas.flops)
+        test_flops=_flops([(count, 1)], pairs).model_copy(
+            update=dict(analytic=None if formulas.without_formula else round(formulas.flops / pairs))
         ),
         tokens=tokens_per_layer(task.parts(arm.model).get("image", arm.model), step),
         parameters=sum(p.numel() for p in arm.model.parameters()),
@@ -62,8 +68,36 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
     if training is not None:
         facts["trained_parameters"] = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
         facts["train_flops"] = _training_flops(experiment, training)
-    facts["notes"] = tuple(note for note in [disagreement(count, formulas)] if note)
+    if "per image" in claims:
+        facts |= _image_by_image(experiment, arm)
+    said = [note for method in arm.plan.methods for note in method.notes(view(arm.model))]
+    facts["notes"] = tuple(note for note in [disagreement(count, formulas), *said] if note)
     return facts, _signatures(arm.model, task.parts(arm.model), count)
+
+
+def _image_by_image(experiment: Experiment, arm: Arm) -> dict[str, Any]:
+    """FLOPs of an arm whose token counts depend on the image: one by one, and padded in a batch as it is timed."""
+    task = experiment.task
+
+    def count(rows: np.ndarray) -> FlopCount:
+        batch = task.batch(experiment.prepared, "test", rows, np.random.default_rng(0))
+        batch = experiment.setting.to_device(batch)
+        with torch.no_grad():
+            return flops_of(lambda: task.predict(arm.model, batch), arm.model)
+
+    size = min(experiment.protocol.timing_batch, experiment.sizes["test"])
+    each = [count(np.array([row])) for row in range(min(IMAGES, experiment.sizes["test"]))]
+    work = [_flops([(one, 1)], 1).work for one in each]
+    low, high = np.percentile(work, [5, 95])
+    return dict(
+        test_flops=_flops([(one, len(each)) for one in each], 1),
+        per_image=records.PerImage(
+            images=len(each),
+            flops=records.Interval(value=float(np.mean(work)), low=low, high=high, n=len(each)),
+            batch=size,
+            padded=_flops([(count(np.arange(size)), 1)], size).work,
+        ),
+    )
 
 
 def _training_flops(experiment: Experiment, arm: Arm) -> records.Flops:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from effbench import engine, randomness, results, store
-from effbench.arms import ArmPlan, plan_arms, testing_model, training_model
+from effbench.arms import CONTROLS, ArmPlan, plan_arms, testing_model, training_model
+from effbench.budget import image_work, resize_arms
 from effbench.checkpoint import Checkpoint
 from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.journal import Journal
@@ -42,6 +44,7 @@ class Experiment:
         stacks: the arms asked for, each a tuple of methods.
         stopping: when the timing pass ends. sweep: further batch sizes that are timed.
         memory_runs: processes per arm and kind of step that memory is measured in.
+        controls: the controls that are added, of `effbench.arms.CONTROLS`.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Experiment:
         stopping: Stopping,
         sweep: tuple[int, ...] = (),
         memory_runs: int = 3,
+        controls: Sequence[str] = CONTROLS,
     ) -> None:
         self.stopping, self.sweep, self.memory_runs = stopping, sweep, memory_runs
         self.task, self.name, self.data, self.backbone, self.live = task, name, data, backbone, live
@@ -65,9 +69,15 @@ class Experiment:
             data.splits["train"] = [data.splits["train"][i] for i in sorted(drawn)]
         self.protocol = protocol
         self.sizes = data.sizes()
-        self.plans = plan_arms(stacks)
+        self.plans = plan_arms(stacks, controls)
         self.prepared = task.prepare(data, backbone, protocol, live.progress)
         self.recipe = task.recipe(self.prepared)
+        #: FLOPs of the image tower for one image, by arm, where arms are compared by them
+        self.image_work: dict[str, int] = {}
+        if "resize" in controls and any(plan.kind == "method" for plan in self.plans):
+            among = (self.task, self.prepared, self.recipe, self.backbone, self.protocol)
+            smaller, self.image_work = resize_arms(self.plans, lambda plan: image_work(plan, *among))
+            self.plans += [plan for plan in smaller if plan.name not in {known.name for known in self.plans}]
         energy, why = meter(protocol.device)
         self.energy_source = energy.source if energy else why
         self.setting = Setting(task, self.prepared, protocol, Clock(protocol.device), live, energy)
@@ -219,9 +229,9 @@ class Experiment:
         for plan in self.training_plans():
             randomness.seed_all(seed)
             model, training = training_model(plan, self.task, self.recipe, self.backbone, self.protocol)
-            arms.append(
-                Arm(plan, model.to(self.protocol.device), randomness.get_state(), training.frozen, training.trained)
-            )
+            model, state = model.to(self.protocol.device), randomness.get_state()
+            more = dict(each_step=training.each_step, losses=training.losses)
+            arms.append(Arm(plan, model, state, training.frozen, training.trained, **more))
         return arms
 
     def _train(self, seed: int, cached: Partial | None, partial: Partial | None, save: Any) -> Partial:

@@ -40,7 +40,7 @@ class Arm:
         plan: what it is.
         model: its model.
         random: its random state (see `randomness`).
-        frozen, trained: see `effbench.method.TrainingPlan`.
+        frozen, trained, each_step, losses: see `effbench.method.TrainingPlan`.
         error: why it FAILED; empty while it runs.
         features: by split, outputs of the frozen tower (images, width), where they are computed once.
         split: marks where a step's time goes (see `effbench.measure.split`); None where nobody asks.
@@ -51,6 +51,8 @@ class Arm:
     random: dict[str, Any]
     frozen: list[nn.Module] = field(default_factory=list)
     trained: list[nn.Module] = field(default_factory=list)
+    each_step: list[Callable[[float], None]] = field(default_factory=list)
+    losses: list[Callable[[], Tensor]] = field(default_factory=list)
     error: str = ""
     features: dict[str, Tensor] = field(default_factory=dict)
     split: Split | None = None

@@ -20,7 +20,9 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
 
     from effbench.models.tower import ModelView
 
@@ -55,11 +57,15 @@ class TrainingPlan:
         model: the view of the model, edited already.
         frozen: modules that are not trained (with `--train locked` the image tower).
         trained: modules inside frozen ones that are trained all the same, e.g. a method's own scorer.
+        each_step: called before every training step with the share of the steps that is done, in [0, 1): schedules.
+        losses: called after the forward pass of every training step; the scalars are added to the task's loss.
     """
 
     model: ModelView
     frozen: list[nn.Module]
     trained: list[nn.Module]
+    each_step: list[Callable[[float], None]] = field(default_factory=list)
+    losses: list[Callable[[], Tensor]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,18 @@ class Method:
     Class attributes:
         source: where the algorithm is published (paper, arXiv id).
         conflicts: names of methods that cannot stand in the same stack.
+        goes_before: names of methods that must stand to the right of this one in a stack.
         default_phase: "test" (applied after training to the baseline's own weights: the default of a training-free
             method), "train" (only while training) or "both". A user overrides it with `phase=`.
         phases: the phases that the method supports.
-        claims: what the method promises to take away; "tokens" is checked against the tensors at run time.
+        claims: what a reader must expect: "tokens" (it removes tokens: checked against the tensors at run time),
+            "per image" (how many depends on the image: FLOPs are counted image by image), "per batch" (the work
+            depends on what stands together in a batch: FLOPs are counted on the batch that is timed).
     """
 
     source: ClassVar[str] = ""
     conflicts: ClassVar[tuple[str, ...]] = ()
+    goes_before: ClassVar[tuple[str, ...]] = ()
     claims: ClassVar[tuple[str, ...]] = ()
     default_phase: ClassVar[str] = "test"
     phases: ClassVar[tuple[str, ...]] = PHASES
@@ -116,8 +126,13 @@ class Method:
         """
 
     def controls(self) -> dict[str, Method]:
-        """Arms that a comparison with this method must carry, by name, e.g. `{"random": <same budget, blind>}`."""
+        """Blind stand-ins with the same token budget, by name ("random", "grid", "norm"), of which a run takes those
+        that it is asked for; empty for a method that has no tokens to choose."""
         return {}
+
+    def notes(self, model: ModelView) -> list[str]:
+        """What a reader must know of this arm, e.g. which of several paths was taken; asked after a test step."""
+        return []
 
     @classmethod
     def parameters(cls) -> dict[str, Any]:

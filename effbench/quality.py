@@ -15,6 +15,7 @@ from effbench.task import Items, Metric
 CHUNK = 4_000_000
 MARGIN = 0.01  # lossy-ness below which two arms count as equal
 LEAST_IMAGES = 6  # fewer give no interval
+RESAMPLES = 2000  # of the bootstrap
 LEAST_SEEDS = 3  # of arms that were trained apart; fewer allow no claim of equality
 #: A ratio beyond this is no lossy-ness: no method makes a working baseline ten times better, so the baseline is broken
 MOST = 10.0
@@ -25,7 +26,7 @@ def lossiness(
     baseline: list[Items],
     arm: list[Items],
     seed: int = 0,
-    resamples: int = 2000,
+    resamples: int = RESAMPLES,
     trained: bool = False,
     margin: float = MARGIN,
 ) -> MetricValue:
@@ -62,9 +63,8 @@ def lossiness(
             same images and seeds, or a score is not finite.
     """
     _check_metric(metric)
-    groups = _groups(metric, [*arm, *baseline], len(arm) == len(baseline))
     is_baseline = arm is baseline
-    sides = _Sides(metric, [arm] if is_baseline else [arm, baseline], groups, seed, resamples)
+    sides = Sides(metric, [arm] if is_baseline else [arm, baseline], seed, resamples)
     _check_ceiling(metric, sides.by_seed)
     own = sides.interval(0)
 
@@ -74,9 +74,8 @@ def lossiness(
         if reason:
             notes.append(f"n/a ({reason})")
         else:
-            ratios = 1 - sides.ratio(metric, sides.draws)
-            low, high = np.percentile(ratios, [2.5, 97.5])
-            loss = Interval(value=1 - sides.ratio(metric, sides.values), low=low, high=high, n=len(groups))
+            ratios = 1 - sides.ratio(sides.draws)
+            loss = sides.figure(1 - sides.ratio(sides.values), ratios)
             notes += [] if metric.higher_is_better else ["lower is better: 1 - baseline / arm"]
             if not trained or len(arm) >= LEAST_SEEDS:
                 equivalent = bool((np.abs(np.percentile(ratios, [5, 95])) < margin).all())
@@ -98,7 +97,7 @@ def lossiness(
     )
 
 
-def agreement(items: list[Items], seed: int = 0, resamples: int = 2000) -> Interval:
+def agreement(items: list[Items], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """How far an arm answers as the baseline does: the mean over items and seeds, with its 95 % bootstrap interval.
 
     Args:
@@ -108,17 +107,16 @@ def agreement(items: list[Items], seed: int = 0, resamples: int = 2000) -> Inter
     Raises:
         InvalidError: a value outside [0, 1], no item, or seeds that were not tested on the same images.
     """
-    groups = _groups(AGREEMENT, items, True)
     for each in items:
         if (wrong := (np.asarray(each.values) < 0) | (np.asarray(each.values) > 1)).any():
             raise InvalidError(f"an agreement of {np.asarray(each.values)[wrong][0]} is not within 0 and 1")
-    return _Sides(AGREEMENT, [items], groups, seed, resamples).interval(0)
+    return Sides(AGREEMENT, [items], seed, resamples).interval(0)
 
 
 AGREEMENT = Metric("agreement", "agreement", lambda values: values, True, chance=None, ceiling=1.0)
 
 
-def _no_ratio(metric: Metric, sides: _Sides) -> str:
+def _no_ratio(metric: Metric, sides: Sides) -> str:
     """Why 1 - the ratio of arm and baseline would mean nothing; empty where it does mean something."""
     baseline = sides.interval(1)
     if baseline.low is None or baseline.high is None:
@@ -133,39 +131,51 @@ def _no_ratio(metric: Metric, sides: _Sides) -> str:
     for side, works in ((top, sides.draws[top] >= 0), (bottom, sides.draws[bottom] > 0)):
         if not works.all() or sides.values[side] < 0:
             return f"the {('arm', 'baseline')[side]}'s value is not clearly above 0"
-    ends = [sides.ratio(metric, sides.values), *np.percentile(sides.ratio(metric, sides.draws), [2.5, 97.5])]
+    ends = [sides.ratio(sides.values), *np.percentile(sides.ratio(sides.draws), [2.5, 97.5])]
     if max(ends) > MOST:
         return f"up to {max(ends):.0f} times better than the baseline, which is too weak to compare with"
     return ""
 
 
-class _Sides:
-    """The arm (0) and the baseline (1) under the same resamples of images and seeds.
+class Sides:
+    """A metric of several arms under the same resamples of images (groups, whole) and seeds.
 
     Attributes:
         by_seed: the metric, (sides, seeds); values: its mean over seeds, (sides,); draws: (sides, resamples).
+        groups: how many images there are.
+
+    Raises:
+        InvalidError: the sides were not tested on the same images and seeds, or a score is not finite.
     """
 
-    def __init__(self, metric: Metric, sides: list[list[Items]], groups: np.ndarray, seed: int, resamples: int) -> None:
+    def __init__(self, metric: Metric, sides: list[list[Items]], seed: int = 0, resamples: int = RESAMPLES) -> None:
+        groups = _groups(metric, sides)
         tables = [[_Prepared(metric, items, groups) for items in side] for side in sides]
         one = np.ones((1, len(groups)))
+        self.metric = metric
         self.groups = len(groups)
         self.by_seed = np.array([[table.reduce(one)[0] for table in side] for side in tables])
         self.values = self.by_seed.mean(axis=1)
         self.draws = _bootstrap(tables, len(groups), seed, resamples)
 
     def interval(self, side: int) -> Interval:
-        """The metric of a side with its 95 % interval; without one where there are too few images."""
-        value = float(self.values[side])
-        if self.groups < LEAST_IMAGES:
-            return Interval(value=value, n=self.groups)
-        low, high = np.percentile(self.draws[side], [2.5, 97.5])
-        return Interval(value=value, low=low, high=high, n=self.groups)
+        """The metric of a side with its 95 % interval."""
+        return self.figure(self.values[side], self.draws[side])
 
-    @staticmethod
-    def ratio(metric: Metric, of: np.ndarray) -> np.ndarray:
-        """q/q_b of values or draws; turned over where lower is better."""
-        return of[0] / of[1] if metric.higher_is_better else of[1] / of[0]
+    def figure(self, value: float, draws: np.ndarray) -> Interval:
+        """Something computed of `values` and of `draws`, with its 95 % interval; none where there are too few images.
+
+        Args:
+            draws: (resamples,).
+        """
+        if self.groups < LEAST_IMAGES:
+            return Interval(value=float(value), n=self.groups)
+        low, high = np.percentile(draws, [2.5, 97.5])
+        return Interval(value=float(value), low=low, high=high, n=self.groups)
+
+    def ratio(self, of: np.ndarray, arm: int = 0, baseline: int = 1) -> np.ndarray:
+        """q/q_b of `values` or `draws`; turned over where lower is better."""
+        return of[arm] / of[baseline] if self.metric.higher_is_better else of[baseline] / of[arm]
 
 
 def _check_metric(metric: Metric) -> None:
@@ -190,10 +200,11 @@ def _check_ceiling(metric: Metric, values: np.ndarray) -> None:
         )
 
 
-def _groups(metric: Metric, items: list[Items], paired: bool) -> np.ndarray:
+def _groups(metric: Metric, sides: list[list[Items]]) -> np.ndarray:
     """The test images (sorted groups) that all seeds of all arms share."""
-    if not items or not paired:
-        raise InvalidError(f"{metric.name}: arm and baseline need the same seeds, at least one")
+    items = [each for side in sides for each in side]
+    if not items or len({len(side) for side in sides}) > 1:
+        raise InvalidError(f"{metric.name}: all arms need the same seeds, at least one")
     groups = np.unique(items[0].group)
     for each in items:
         if len(each.values) != len(each.group):

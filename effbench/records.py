@@ -246,13 +246,43 @@ class MetricValue(Model):
     equivalent: bool | None = Field(None, description="both one-sided tests at 5 % put |lossy-ness| below the margin")
 
 
+class Versus(Model):
+    """The primary metric of an arm beside that of a control at the same budget."""
+
+    control: Text = Field(description="random, grid or norm: the same tokens; resize: the same FLOPs")
+    arms: tuple[Text, ...] = Field(description="names of the control's arms; of two, it lies between them")
+    share: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="weight of the last of `arms`")
+    value: Finite = Field(description="the control's metric")
+    advantage: Interval = Field(description="arm - control, in the metric's unit, turned so that positive is better")
+    verdict: Literal["BETTER", "WORSE", "NO DIFFERENCE SHOWN"]
+
+
+class Interaction(Model):
+    """A stack against its parts: 1 where they add up as if each stood alone."""
+
+    parts: tuple[Text, ...] = Field(description="names of the arms that hold one method each")
+    speedup: Interval = Field(description="speed-up of the stack / product of its parts' speed-ups")
+    quality: Interval | None = Field(
+        None, description="1 - lossy-ness of the stack / product of its parts'; None where it is not defined"
+    )
+
+
+class PerImage(Model):
+    """Of a method whose token counts depend on the image: what single images take, and what padding makes of it."""
+
+    images: Count
+    flops: Interval = Field(description="work of one image-caption pair at batch 1: mean, 5 % and 95 % quantile")
+    batch: Count
+    padded: Count = Field(description="work per pair in a batch of `batch`, padded to its longest")
+
+
 class Arm(Model):
     """One model under test."""
 
     name: Text
     spec: Text = Field(description="canonical stack of methods; empty for the baseline")
     kind: Literal["baseline", "control", "method"]
-    control: Text = Field("", description="noop, identity, random or resize, for a control")
+    control: Text = Field("", description="noop, identity, random, grid, norm, resize, part; for a control")
     controls_for: tuple[Text, ...] = Field((), description="the arms that it is a control of")
     phase: Literal["test", "train", "both"] = "test"
     source: Text = ""
@@ -263,6 +293,7 @@ class Arm(Model):
     train_speedup: Speedup | None = None
     test_speedup: Speedup | None = Field(None, description="compute: method-side batch work and model")
     image_speedup: Speedup | None = Field(None, description="image tower alone")
+    text_speedup: Speedup | None = Field(None, description="text tower alone")
     end_to_end_speedup: Speedup | None = Field(None, description="data wait and transfer included")
     method_speedup: Speedup | None = Field(
         None, description="against identity: the method's part where the kernels differ from the baseline's"
@@ -285,6 +316,9 @@ class Arm(Model):
     structure: Structure | None = None
     tokens: tuple[Count, ...] = Field((), description="tokens that enter each block's MLP in the image tower, as seen")
     metrics: dict[str, MetricValue] = {}
+    versus: tuple[Versus, ...] = Field((), description="against controls at the same budget")
+    interaction: Interaction | None = Field(None, description="of a stack whose parts are arms of the same record")
+    per_image: PerImage | None = Field(None, description="where token counts depend on the image")
     agreement: dict[str, Interval] = Field({}, description="with the baseline, as fractions, e.g. of equal top answers")
     losses: dict[str, tuple[Finite, ...]] = Field({}, description="mean training loss per epoch, by seed")
     notes: tuple[Text, ...] = ()

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from effbench import calibrate, parity, quality, records, speeds
+from effbench import calibrate, parity, quality, records, speeds, versus
+from effbench.arms import judges
+from effbench.budget import is_rung, saves
 from effbench.examine import examine, memory
+from effbench.interaction import interaction
 from effbench.measure.environment import device_model
 from effbench.measure.structure import masked_tokens
+from effbench.spec import canonical
 from effbench.task import Items
 
 if TYPE_CHECKING:
@@ -74,6 +78,7 @@ def record(
         found.append(records.Arm(**facts))
         live.advance(place + 1)
     found = [_method_effect(arm, found, rows, experiment.batches) for arm in found]
+    found = [_judged(experiment, arm, found, rows, items) for arm in found]
     created = datetime.now(UTC)
     seconds = setting.seconds
     outside = seconds["loop"] - seconds["data"] - seconds["compute"] - seconds["other"]
@@ -144,6 +149,7 @@ def _times(experiment: Experiment, arm: str, rows: pd.DataFrame, trains: bool, c
             facts |= dict(
                 test_speedup=speeds.speedup(baseline, mine, "seconds"),
                 image_speedup=speeds.speedup(baseline, mine, "image_seconds", "overhead_seconds"),
+                text_speedup=speeds.speedup(baseline, mine, "text_seconds"),
                 end_to_end_speedup=speeds.speedup(baseline, mine, "seconds", "data_wait", "transfer"),
                 pays_from=speeds.pays_from(facts["by_batch"]),
                 ceiling=speeds.ceiling(baseline, changed) if changed else None,
@@ -180,6 +186,39 @@ def _method_effect(arm: records.Arm, arms: list[records.Arm], rows: pd.DataFrame
         return arm
     frames = (speeds.timed(rows, name, batches[0]) for name in (identity.name, arm.name))
     return arm.model_copy(update=dict(method_speedup=speeds.speedup(*frames, "seconds")))
+
+
+def _judged(
+    experiment: Experiment,
+    arm: records.Arm,
+    arms: list[records.Arm],
+    rows: pd.DataFrame,
+    items: dict[int, Partial],
+) -> records.Arm:
+    """A method with what it is judged by: its controls at the same budget, and a stack's parts."""
+    plan = next(plan for plan in experiment.plans if plan.name == arm.name)
+    if arm.kind != "method" or arm.status != "ok":
+        return arm
+    metric = experiment.task.primary_metric(experiment.prepared, "test")
+    working = {other.name for other in arms if other.status == "ok"}
+    scores = {
+        name: [items_of(part["items"][name][metric.items]) for part in items.values()]
+        for name in working
+        if all(name in part["items"] for part in items.values())
+    }
+    found = {control: [canonical(stack) for stack in stacks] for control, stacks in judges(plan.methods).items()}
+    parts = found.pop("part", [])
+    controls = {control: [name for name in names if name != arm.name] for control, names in found.items()}
+    if saves(experiment.image_work, arm.name):
+        ladder = [other.name for other in experiment.plans if is_rung(other) and other.phase == arm.phase]
+        controls["resize"] = [name for name in ("baseline", *ladder) if name in experiment.image_work]
+    losses = {other.name: other.metrics[metric.name].lossiness for other in arms if metric.name in other.metrics}
+    trained = arm.phase != "test"
+    facts: dict[str, Any] = {}
+    facts["versus"] = versus.against(metric, arm.name, controls, scores, experiment.image_work, trained)
+    if parts and experiment.batches:
+        facts["interaction"] = interaction(rows, arm.name, parts, experiment.batches[0], metric, scores, losses)
+    return arm.model_copy(update=facts)
 
 
 def _quality(experiment: Experiment, arm: str, items: dict[int, Partial], trains: bool) -> dict[str, Any]:

@@ -82,7 +82,8 @@ from dataclasses import dataclass
 import torch
 from effbench.errors import UsageError
 from effbench.method import Method, param
-from effbench.models.tower import ModelView, Reduce, TokenEdit, TokenState
+from effbench.models.token_state import Reduce, TokenEdit, TokenState
+from effbench.models.tower import ModelView
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def canonical(stack: Sequence[Method]) -> str:
 
 
 def check_stack(stack: Sequence[Method]) -> None:
-    """Refuse a method that stands twice and methods that conflict.
+    """Refuse a method that stands twice, methods that conflict, and methods in the wrong order.
 
     Raises:
         UsageError: names both methods.
@@ -56,6 +56,8 @@ def check_stack(stack: Sequence[Method]) -> None:
                     f"{other} and {name} conflict: they cannot stand in one stack",
                     f"compare them as two arms: --method {other} --method {name}",
                 )
+            if other in stack[i].goes_before:
+                raise UsageError(f"{name} must stand before {other} in a stack", f"write {name}+{other}")
 
 
 def check_parameters(method: Method) -> None:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from effbench import distributed
+from effbench.arms import CONTROLS
 from effbench.datasets import resolve
 from effbench.errors import UsageError
 from effbench.experiment import Experiment
@@ -52,6 +53,7 @@ def run(
     budget: float | None = None,
     batch_sweep: str = "",
     memory_runs: int = 3,
+    controls: str | Sequence[str] = "random/resize/part",
     device: str = "auto",
     engine: str = "plain",
     zero_stage: int = 0,
@@ -81,6 +83,9 @@ def run(
             of a sweep take `timing_pairs` steps each.
         batch_sweep: further batch sizes to time, e.g. "4/64", to see from which one on a method pays.
         memory_runs: fresh processes per arm and kind of step that memory is the median of; 0 measures none.
+        controls: arms that are added to judge the methods by: "random", "grid" and "norm" (the same token budget,
+            chosen blindly), "resize" (the same FLOPs from smaller images), "part" (each method of a stack alone);
+            joined by /, or "none".
         device: "cpu", "cuda" or "cuda:1"; "auto" takes the GPU if there is one.
         engine: "plain", or "deepspeed" for training; zero_stage: what DeepSpeed's ZeRO shards.
         out: folder of the leaderboard.
@@ -101,6 +106,9 @@ def run(
         raise UsageError(f"{added.pop()} is an arm of every run", "leave it out")
     stacks = [parse(spec) for spec in methods]
     sweep = _sizes(batch_sweep)
+    judges = [name for name in controls.split("/") if name] if isinstance(controls, str) else list(controls)
+    if unknown := set(judges) - {*CONTROLS, "none"}:
+        raise UsageError(f"{min(unknown)} is no control", f"controls: {', '.join(CONTROLS)}, or none")
     if threads is not None and not 1 <= threads <= cores():
         most = cores()
         raise UsageError(f"--threads {threads}: this process may use {most} cores", f"use 1 to {most}, or leave it out")
@@ -139,7 +147,7 @@ def run(
         stopping = Stopping(timing_pairs, until, budget)
         with _threads(protocol.threads):
             experiment = Experiment(
-                found.task, task, found.data, tower, stacks, protocol, live, stopping, sweep, memory_runs
+                found.task, task, found.data, tower, stacks, protocol, live, stopping, sweep, memory_runs, judges
             )
             experiment.check()
             sizes = " / ".join(f"{n:,} {split}" for split, n in experiment.sizes.items())

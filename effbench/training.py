@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from effbench import randomness
 from effbench.arms import trained_state
@@ -15,7 +16,7 @@ from effbench.engine import engine
 from effbench.errors import EffbenchError
 from effbench.lockstep import Arm, Batch, Partial, Save, Setting, columns, inputs, kept_state, restore, steps
 from effbench.passes import evaluate
-from effbench.task import Metric
+from effbench.task import Metric, Task
 
 
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -67,7 +68,9 @@ def train(
         updates = engines[arm.name]
         if protocol.schedule == "one-cycle":
             updates.set_lr(protocol.lr * schedule(index / total, protocol.warmup))
-        loss = updates.loss(task.loss, inputs(arm, "train", batch))
+        for call in arm.each_step:
+            call(index / total)
+        loss = updates.loss(functools.partial(_loss, task, arm), inputs(arm, "train", batch))
         arm.split.enter("backward")
         updates.backward(loss)
         arm.split.leave()
@@ -115,6 +118,11 @@ def train(
         setting.live.advance(index + 1, columns(arms, setting, kept, metric.name))
         save(functools.partial(state, index))
     return dict(arms=kept, **kept_state(arms))
+
+
+def _loss(task: Task, arm: Arm, model: nn.Module, batch: Batch) -> Tensor:
+    """The task's loss and what the arm's methods add to it."""
+    return sum((term() for term in arm.losses), task.loss(model, batch))
 
 
 def training_mode(arms: list[Arm]) -> None:

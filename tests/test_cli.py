@@ -48,7 +48,7 @@ def test_every_help_has_examples(cli, command, flag):
         ("run --nonsense", 3, "No such option: --nonsense"),
         ("nonsense", 3, "No such command 'nonsense'"),
         ("list nonsense", 3, "'nonsense' is not one of 'methods'"),
-        ("list methods token_prun", 3, "did you mean token_prune?"),
+        ("list methods token_prun", 3, "did you mean token_prune"),
         ("show nonsense --out nowhere", 3, "no run in nowhere"),
         ("data get nonsense", 3, "unknown task 'nonsense'"),
         ("data get scenes", 3, "nothing to download for scenes"),

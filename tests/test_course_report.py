@@ -5,13 +5,14 @@ import pytest
 import timm
 from tiny import flickr8k
 
-import effbench
 from effbench import store
 from effbench.cli import main
 from effbench.datasets import resolve
 from effbench.errors import DataNotFound, UsageError
+from effbench.models.tower import view
 from effbench.quality import lossiness
 from effbench.registry import backbones, presets
+from effbench.spec import parse
 from effbench.task import Items
 
 MACS = 49 * 768 * 64  # of embedding one image's patches
@@ -131,7 +132,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, monkeypatch, capsys, arg
 
 def test_the_method_edits_its_own_model_alone():
     with pytest.raises(UsageError, match="edits the course report's model alone"):
-        effbench.apply(timm.create_model("test_vit"), "course_pruning")
+        parse("course_pruning")[0].edit_model(view(timm.create_model("test_vit")))
 
 
 @pytest.mark.parametrize("data", [(), ("nowhere",), ("scenes",)])

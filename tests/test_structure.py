@@ -7,7 +7,8 @@ import effbench
 from effbench.examine import tokens_per_layer
 from effbench.measure.memory import weight_bytes
 from effbench.measure.structure import masked_tokens, structure, trained_layers
-from effbench.models.tower import TokenEdit, view
+from effbench.models.token_state import TokenEdit
+from effbench.models.tower import view
 from effbench.records import Flops
 
 DENSE = Flops(dense=1_000_000, useful=1_000_000)

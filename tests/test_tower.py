@@ -12,7 +12,8 @@ from torch import nn
 
 from effbench.errors import InvalidError, UsageError
 from effbench.models.attention import Attention, class_attention
-from effbench.models.tower import TokenEdit, TokenState, view
+from effbench.models.token_state import TokenEdit, TokenState
+from effbench.models.tower import view
 
 
 class First(TokenEdit):
@@ -141,7 +142,7 @@ def test_what_cannot_be_edited_is_refused_by_name():
     with pytest.raises(UsageError, match="block 4 does not exist: .* 0 to 3"):
         tower.after_attention(4, First(1))
     tower.after_attention(2, First(1))
-    with pytest.raises(UsageError, match="block 2 already"):
+    with pytest.raises(UsageError, match="both reduce the tokens in block 2"):
         tower.after_attention(2, First(1))
 
 

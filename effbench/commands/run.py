@@ -97,6 +97,14 @@ def run(
     memory_runs: Annotated[
         int, typer.Option(min=0, help="Fresh processes per arm that measure memory; 0: none.", rich_help_panel=Timing)
     ] = 3,
+    controls: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME/...",
+            help="Judges to add: random, grid, norm (same tokens), resize (same FLOPs), part (of a stack); or none.",
+            rich_help_panel=What,
+        ),
+    ] = "random/resize/part",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.", rich_help_panel=Running)] = "auto",
     engine: Annotated[
         Literal["plain", "deepspeed"], typer.Option(help="What updates the weights.", rich_help_panel=Training)
@@ -149,6 +157,7 @@ def run(
         budget=budget,
         batch_sweep=batch_sweep,
         memory_runs=memory_runs,
+        controls=controls,
         device=device,
         engine=engine,
         zero_stage=zero_stage,

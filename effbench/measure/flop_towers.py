@@ -125,7 +125,9 @@ def _built(request: Request, methods: tuple[Method, ...]) -> dict[str, tuple[nn.
     towers = {"image": (getattr(model, "visual", model), torch.zeros(request.batch, 3, side, side))}
     if backbone.has_text:
         context = getattr(model, "context_length", None) or model.text.context_length
-        towers["text"] = (model.text, torch.zeros(request.batch, context, dtype=torch.long))
+        ids = torch.zeros(request.batch, context, dtype=torch.long)
+        ids[:, -1] = getattr(model.text, "eos_id", None) or 1  # texts that end where the context does
+        towers["text"] = (model.text, ids)
     return towers
 
 

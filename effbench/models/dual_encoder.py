@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effbench.models.token_state import BlockLoop, mean_by_size
+
 
 class TimmFeatures(nn.Module):
     """Features of a timm tower: class token and mean of the patch tokens, or its own pooling without a class token.
@@ -32,7 +34,10 @@ class TimmFeatures(nn.Module):
         if not self.with_class_token:
             return self.trunk.forward_head(tokens, pre_logits=True)
         prefix = self.trunk.num_prefix_tokens
-        return torch.cat([tokens[:, 0], tokens[:, prefix:].mean(dim=1)], dim=1)
+        blocks = getattr(self.trunk, "blocks", None)
+        sizes = blocks.take_sizes() if isinstance(blocks, BlockLoop) else None
+        mean = mean_by_size(tokens[:, prefix:], None if sizes is None else sizes[:, prefix:])
+        return torch.cat([tokens[:, 0], mean], dim=1)
 
 
 class DualEncoder(nn.Module):

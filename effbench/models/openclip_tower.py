@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from open_clip.transformer import ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 
 from effbench.errors import UsageError
 from effbench.models.attention import Attention, Projections
-from effbench.models.tower import BlockLoop, TokenState, Tower, check_block
+from effbench.models.openclip_text import open_to_layouts
+from effbench.models.token_state import BlockLoop, TokenState, attend
+from effbench.models.tower import Tower, check_block, patches_along, scale_images
 
 # OpenCLIP's names of the parameters that the shared attention holds under its own
 _KEYS = {
@@ -66,7 +70,7 @@ class OpenClipTransformer(BlockLoop, Transformer):
 
     @staticmethod
     def attention_branch(block: nn.Module, state: TokenState) -> tuple[Tensor, Projections]:
-        y, projections = block.attn(block.ln_1(state.tokens), state.mask, state.is_causal, state.sizes, True)
+        y, projections = attend(block.attn, block.ln_1(state.tokens), state)
         return block.ls_1(y), projections
 
     @staticmethod
@@ -114,8 +118,35 @@ def wrap_image(visual: nn.Module) -> Tower | None:
     _wrap(visual.transformer, "OpenCLIP image tower")
     loop = visual.transformer
     loop.prefix, loop.grid = 1, tuple(visual.grid_size)
-    heads = loop.resblocks[0].attn.num_heads
-    return Tower("OpenCLIP image tower", loop, loop.resblocks, loop.width, heads, has_class_token=True)
+    return Tower(
+        "OpenCLIP image tower",
+        loop,
+        loop.resblocks,
+        loop.width,
+        loop.resblocks[0].attn.num_heads,
+        has_class_token=True,
+        module=visual,
+        patch=visual.patch_size[0],
+        ignores_sizes=visual.attn_pool is not None or visual.pool_type != "tok",
+        resize=partial(_resize, visual),
+    )
+
+
+def _resize(visual: nn.Module, size: int) -> None:
+    """Images of another side: positions are interpolated as the library does when it loads weights."""
+    side = patches_along(size, visual.patch_size[0])
+    scale_images(visual.conv1, size, native=visual.image_size[0])
+    grid = (side, side)
+    if grid == tuple(visual.grid_size):
+        return
+    positions = visual.positional_embedding
+    head, patches = positions.detach()[:1], positions.detach()[1:]
+    patches = patches.float().reshape(1, *visual.grid_size, -1).permute(0, 3, 1, 2)
+    patches = nn.functional.interpolate(patches, grid, mode="bicubic", antialias=True, align_corners=False)
+    patches = patches.flatten(2)[0].T.to(positions.dtype)
+    visual.positional_embedding = nn.Parameter(torch.cat([head, patches]), positions.requires_grad)
+    visual.image_size, visual.grid_size = (size, size), grid
+    visual.transformer.grid = grid
 
 
 def wrap_text(text: nn.Module) -> Tower | None:
@@ -124,5 +155,6 @@ def wrap_text(text: nn.Module) -> Tower | None:
     if not isinstance(transformer, Transformer):
         return None
     _wrap(transformer, "OpenCLIP text tower")
+    open_to_layouts(text)
     heads = transformer.resblocks[0].attn.num_heads
-    return Tower("OpenCLIP text tower", transformer, transformer.resblocks, transformer.width, heads, False)
+    return Tower("OpenCLIP text tower", transformer, transformer.resblocks, transformer.width, heads, False, text)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from timm.layers import Attention as TimmAttention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from effbench.errors import UsageError
 from effbench.models.attention import Attention, Projections
-from effbench.models.tower import BlockLoop, TokenState, Tower, check_block
+from effbench.models.token_state import BlockLoop, TokenState, attend, mean_by_size
+from effbench.models.tower import Tower, check_block, patches_along, scale_images
 
 
 class TimmBlocks(BlockLoop, nn.Sequential):
@@ -16,7 +19,7 @@ class TimmBlocks(BlockLoop, nn.Sequential):
 
     @staticmethod
     def attention_branch(block: nn.Module, state: TokenState) -> tuple[Tensor, Projections]:
-        y, projections = block.attn(block.norm1(state.tokens), state.mask, state.is_causal, state.sizes, True)
+        y, projections = attend(block.attn, block.norm1(state.tokens), state)
         return block.drop_path1(block.ls1(y)), projections
 
     @staticmethod
@@ -25,6 +28,26 @@ class TimmBlocks(BlockLoop, nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.loop(self, x)
+
+
+class PoolsBySize(VisionTransformer):
+    """timm's VisionTransformer whose mean over the patch tokens counts each as often as its size says."""
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        sizes = self.blocks.take_sizes()
+        if sizes is None or (pool_type or self.global_pool) != "avg":
+            return super().pool(x, pool_type)
+        first = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        return mean_by_size(x[:, first:], sizes[:, first:])
+
+
+def _resize(model: VisionTransformer, size: int) -> None:
+    """Images of another side: timm interpolates the positions."""
+    embed = model.patch_embed
+    patches_along(size, embed.feat_ratio())
+    scale_images(embed, size, native=embed.img_size[0])
+    model.set_input_size(img_size=(size, size))
+    model.blocks.grid = tuple(embed.grid_size)
 
 
 def _to_shared_attention(block: nn.Module) -> None:
@@ -68,5 +91,18 @@ def wrap(model: nn.Module) -> Tower | None:
         loop.prefix = model.num_prefix_tokens
         loop.grid = tuple(model.patch_embed.grid_size)
         model.blocks = loop
-    heads = model.blocks[0].attn.num_heads
-    return Tower(name, model.blocks, model.blocks, model.embed_dim, heads, model.cls_token is not None)
+        if type(model) is VisionTransformer and model.global_pool == "avg" and model.attn_pool is None:
+            model.__class__ = PoolsBySize  # keeps every attribute and key
+            loop.hands_out_sizes = True
+    return Tower(
+        name,
+        model.blocks,
+        model.blocks,
+        model.embed_dim,
+        model.blocks[0].attn.num_heads,
+        has_class_token=model.cls_token is not None,
+        module=model,
+        patch=model.patch_embed.feat_ratio() if hasattr(model.patch_embed, "feat_ratio") else 0,
+        ignores_sizes=model.attn_pool is not None or not (model.global_pool == "token" or model.blocks.hands_out_sizes),
+        resize=partial(_resize, model) if hasattr(model.patch_embed, "set_input_size") else None,
+    )

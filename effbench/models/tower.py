@@ -8,106 +8,15 @@ attention and MLP, where no library hook reaches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from effbench.errors import InvalidError, UsageError
-from effbench.models.attention import Projections
-
-Reduce = Callable[[Tensor, str], Tensor]
-"""Maps a field (batch, tokens, ...) to fewer tokens; the second argument is the kind of the field:
-"tokens" (features), "size" (how many original tokens each stands for) or "label" (indices, positions)."""
-
-
-@dataclass
-class TokenState:
-    """The tokens between two parts of a block. Fields that are None are not tracked.
-
-    Args:
-        tokens: (batch, tokens, width).
-        prefix: number of leading tokens (class, registers) that must not be touched.
-        mask: attention mask, additive or boolean, (tokens, tokens) or (batch, heads or 1, tokens, tokens).
-        is_causal: each token sees itself and those before it.
-        sizes: (batch, tokens), original tokens that each stands for.
-        source: (batch, tokens), index of the original token; -1 for a token made of several.
-        positions: (batch, tokens, axes).
-        grid: (height, width) in patches while no token has left, else None.
-    """
-
-    tokens: Tensor
-    prefix: int = 0
-    mask: Tensor | None = None
-    is_causal: bool = False
-    sizes: Tensor | None = None
-    source: Tensor | None = None
-    positions: Tensor | None = None
-    grid: tuple[int, int] | None = None
-
-    def reduced(self, reduce: Reduce) -> TokenState:
-        """The state after a reduction, applied to every tracked field."""
-        batch, tokens = self.tokens.shape[:2]
-        mask = self.mask
-        if mask is not None:
-            mask = mask.expand(batch, *mask.shape[1:]) if mask.ndim > 2 else mask.expand(batch, tokens, tokens)
-            for axis in (-2, -1):
-                mask = reduce(mask.movedim(axis, 1), "label").movedim(1, axis)
-            mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
-        return replace(
-            self,
-            tokens=reduce(self.tokens, "tokens"),
-            mask=mask,
-            sizes=None if self.sizes is None else reduce(self.sizes, "size"),
-            source=None if self.source is None else reduce(self.source, "label"),
-            positions=None if self.positions is None else reduce(self.positions, "label"),
-            grid=None,
-        )
-
-
-class TokenEdit(nn.Module):
-    """What a method places between attention and MLP of one block. Its matrix products count as overhead.
-
-    `forward(state, projections)` returns a `Reduce` or None (nothing to do).
-    """
-
-    is_overhead: ClassVar[bool] = True
-
-    def forward(self, state: TokenState, projections: Projections) -> Reduce | None:
-        raise NotImplementedError
-
-
-class BlockLoop:
-    """The loop over blocks, mixed into a library's block container by its adapter.
-
-    The adapter says how a block's two branches are computed.
-    """
-
-    prefix: int = 0
-    grid: tuple[int, int] | None = None
-
-    @staticmethod
-    def attention_branch(block: nn.Module, state: TokenState) -> tuple[Tensor, Projections]:
-        raise NotImplementedError
-
-    @staticmethod
-    def mlp_branch(block: nn.Module, tokens: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def loop(self, blocks: Any, x: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Run the blocks on x (batch, tokens, width); the result may have fewer tokens."""
-        state = TokenState(x, self.prefix, mask, is_causal, grid=self.grid)
-        for block in blocks:
-            branch, projections = self.attention_branch(block, state)
-            state.tokens = state.tokens + branch
-            if block.token_edit is not None:
-                reduce = block.token_edit(state, projections)
-                if reduce is not None:
-                    state = state.reduced(reduce)
-            del branch, projections  # not held through the MLP, where memory peaks
-            state.tokens = state.tokens + self.mlp_branch(block, state.tokens)
-        return state.tokens
+from effbench.models.attention import AttentionCore
+from effbench.models.token_state import BlockLoop, TokenBypass, TokenEdit, TokenState
 
 
 def _refuse_direct_call(block: nn.Module, *_: Any) -> None:
@@ -127,15 +36,35 @@ class Tower:
         prefix: number of prefix tokens (class, registers).
         has_class_token: token 0 is a class token that the tower pools from or attends with.
         grid: (height, width) in patches, None for text.
+        module: the library's module that holds the blocks.
+        patch: side of a patch in pixels.
+        ignores_sizes: the tokens are pooled without a look at their sizes, by attention or by the library alone.
+        resize: lets the tower take its images at another side in pixels, scaling them itself; None where it cannot.
     """
 
-    def __init__(self, name: str, loop: BlockLoop, blocks: Any, width: int, heads: int, has_class_token: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        loop: BlockLoop,
+        blocks: Any,
+        width: int,
+        heads: int,
+        has_class_token: bool,
+        module: nn.Module,
+        patch: int = 0,
+        resize: Callable[[int], None] | None = None,
+        ignores_sizes: bool = False,
+    ) -> None:
         self.name = name
         self.loop = loop
         self.blocks = blocks
         self.width = width
         self.heads = heads
         self.has_class_token = has_class_token
+        self.module = module
+        self.patch = patch
+        self.resize = resize
+        self.ignores_sizes = ignores_sizes
 
     @property
     def prefix(self) -> int:
@@ -148,6 +77,11 @@ class Tower:
     def __len__(self) -> int:
         return len(self.blocks)
 
+    @property
+    def patch_tokens(self) -> int:
+        """Patch tokens that enter the first block."""
+        return self.grid[0] * self.grid[1] if self.grid else 0
+
     def after_attention(self, block: int, edit: TokenEdit) -> None:
         """Place an edit between attention and MLP of a block.
 
@@ -155,22 +89,126 @@ class Tower:
             block: 0-based index.
 
         Raises:
-            UsageError: no such block, or the block already reduces its tokens.
+            UsageError: no such block, the block already reduces its tokens, or a later one needs their grid.
         """
-        if not 0 <= block < len(self.blocks):
-            raise UsageError(
-                f"block {block} does not exist: {self.name} has blocks 0 to {len(self.blocks) - 1}",
-                "choose other blocks with at=, e.g. at=" + "/".join(str(len(self.blocks) * q // 4) for q in (1, 2, 3)),
-            )
-        target = self.blocks[block]
+        target = self._block(block)
         if target.token_edit is not None:
-            raise UsageError(
-                f"block {block} already has a method that reduces its tokens ({type(target.token_edit).__name__})",
-                "choose different blocks for the two methods with at=",
-            )
+            self._refuse(block, edit.name, target.token_edit.name, "both reduce the tokens in")
+        if not edit.keeps_grid:
+            for later in range(block + 1, len(self)):
+                self._refuse_without_grid(later, edit)
+        for earlier in range(block) if edit.needs_grid else ():
+            self._refuse_after_reduction(block, edit, earlier)
         reference = next(target.parameters())
         target.token_edit = edit.to(reference.device, reference.dtype).train(target.training)
         target.register_forward_pre_hook(_refuse_direct_call)
+
+    def attend(self, block: int, core: AttentionCore) -> None:
+        """Put a method's attention in place of a block's dense one.
+
+        Raises:
+            UsageError: no such block, another method did so already, or an earlier block breaks up the grid it needs.
+        """
+        target = self._block(block)
+        if target.attn.core is not None:
+            self._refuse(block, core.name, target.attn.core.name, "both replace the attention in")
+        for earlier in range(block) if core.needs_grid else ():
+            self._refuse_after_reduction(block, core, earlier)
+        target.attn.core = core.train(target.training)
+
+    def around(self, block: int, bypass: TokenBypass) -> None:
+        """Let only some tokens through a block.
+
+        Raises:
+            UsageError: no such block, or another method acts on its tokens already.
+        """
+        target = self._block(block)
+        other = target.token_bypass or target.token_edit
+        if other is not None:
+            self._refuse(block, bypass.name, other.name, "both choose the tokens in")
+        target.token_bypass = bypass.train(target.training)
+        target.register_forward_pre_hook(_refuse_direct_call)
+
+    def _refuse_without_grid(self, block: int, edit: TokenEdit) -> None:
+        """Refuse an edit that breaks up the grid which a method needs in a later block."""
+        target = self.blocks[block]
+        for method in (target.attn.core, target.token_edit):
+            if method is not None and method.needs_grid:
+                self._refuse(
+                    block, edit.name, method.name, f"{edit.name} breaks the grid that {method.name} needs in"
+                )
+
+    def _refuse_after_reduction(self, block: int, method: AttentionCore | TokenEdit, earlier: int) -> None:
+        """Refuse a method that needs the grid which an earlier block breaks up."""
+        edit = self.blocks[earlier].token_edit
+        if edit is not None and not edit.keeps_grid:
+            self._refuse(block, method.name, edit.name, f"{edit.name} breaks the grid that {method.name} needs in")
+
+    def _block(self, index: int) -> nn.Module:
+        if not 0 <= index < len(self):
+            raise UsageError(
+                f"block {index} does not exist: {self.name} has blocks 0 to {len(self) - 1}",
+                "choose other blocks with at=, e.g. at=" + "/".join(str(len(self) * q // 4) for q in (1, 2, 3)),
+            )
+        return self.blocks[index]
+
+    def _refuse(self, block: int, method: str, other: str, why: str) -> None:
+        raise UsageError(
+            f"{other} and {method} conflict: {why} block {block}",
+            f"give them different blocks with at=, or compare them as two arms: --method {other} --method {method}",
+        )
+
+
+class ScaleImages:
+    """Scales the images that enter a module, (batch, 3, height, width), to `size` pixels a side, as PIL's bicubic does.
+
+    `native` is the side that the module took before.
+    """
+
+    def __init__(self, size: int, native: int) -> None:
+        self.size = size
+        self.native = native
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        images, *rest = inputs
+        if images.shape[-1] == images.shape[-2] == self.size:
+            return inputs
+        # a CPU scales no half precision
+        scaled = nn.functional.interpolate(images.float(), (self.size, self.size), mode="bicubic", antialias=True)
+        return (scaled.to(images.dtype), *rest)
+
+
+def scaling(module: nn.Module) -> ScaleImages | None:
+    """What scales the images that enter a module or a part of it; None where nothing does."""
+    hooks = (hook for part in module.modules() for hook in part._forward_pre_hooks.values())
+    return next((hook for hook in hooks if isinstance(hook, ScaleImages)), None)
+
+
+def scale_images(module: nn.Module, size: int, native: int) -> None:
+    """Let a module scale the images that it is given, as the last of such calls says."""
+    known = scaling(module)
+    if known is None:
+        module.register_forward_pre_hook(ScaleImages(size, native))
+    else:
+        known.size = size
+
+
+def patches_along(size: int, patch: int) -> int:
+    """Patches of `patch` pixels along the side of an image of `size` pixels.
+
+    Raises:
+        UsageError: they do not fit, or are fewer than two; names the nearest sizes that do.
+    """
+    if size < 2 * patch:
+        least = f"use size={2 * patch} or more"
+        raise UsageError(f"images of {size} px hold fewer than 2 x 2 patches of {patch} px", least)
+    along, rest = divmod(size, patch)
+    if rest:
+        raise UsageError(
+            f"images of {size} px are no whole number of patches of {patch} px",
+            f"the nearest are size={size - rest} and size={size - rest + patch}",
+        )
+    return along
 
 
 @dataclass
@@ -205,6 +243,8 @@ def view(model: nn.Module) -> ModelView:
     image = None
     if image_module is not None:
         image = wrap_timm(image_module) or wrap_openclip_image(image_module)
+        if image is not None and getattr(getattr(model, "image_encoder", None), "with_class_token", False):
+            image.loop.hands_out_sizes = True  # TimmFeatures takes a mean over patch tokens
     text = wrap_text(text_module) if text_module is not None else None
     if image is None and text is None:
         raise UsageError(
@@ -242,6 +282,7 @@ def check_block(loop: BlockLoop, block: nn.Module, width: int, name: str, conver
         expected = block(x)
         convert(block)
         block.register_module("token_edit", None)
+        block.register_module("token_bypass", None)
         y = x + loop.attention_branch(block, TokenState(x))[0]
         difference = (y + loop.mlp_branch(block, y) - expected).abs().max().item()
     block.train(training)

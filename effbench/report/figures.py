@@ -7,6 +7,7 @@ import math
 from effbench.records import (
     Arm,
     Calibration,
+    Envelope,
     Flops,
     Interval,
     Memory,
@@ -19,6 +20,17 @@ from effbench.records import (
 
 NONE = "—"
 KINDS = ("baseline", "method", "control")  # the order in which arms are shown
+#: what a control is, in the order in which controls are shown
+CONTROLS = {
+    "noop": "",
+    "identity": "",
+    "random": "random tokens",
+    "grid": "tokens on a grid",
+    "norm": "tokens by norm",
+    "resize": "image size",
+    "part": "a stack's part alone",
+}
+FEW = 4  # controls beyond noop and identity that are shown among the methods; more would bury these
 LEAST_PROMISE = 0.01  # a promise nearer to 1 than this is none
 FIRM = 300  # A/A trials from which on their rates are firm
 UNSTEADY = 0.2  # distance of the quartiles, as a share of the figure, from which on it is called so
@@ -44,6 +56,11 @@ def ratio(figure: Speedup | None) -> str:
         return NONE
     digits = 3 if 0.9 < figure.value < 1.1 else 2
     return f"{figure.value:.{digits}f}x{bounds(figure, digits=digits)}"
+
+
+def factor(figure: Interval | None) -> str:
+    """`1.02 [0.99, 1.05]`."""
+    return NONE if figure is None else f"{figure.value:.2f}{bounds(figure)}"
 
 
 def promise(arm: Arm) -> str:
@@ -194,8 +211,38 @@ def metric(value: MetricValue | None, interval: bool = False) -> str:
     """A metric's value, with its interval where that is asked for."""
     if value is None:
         return NONE
-    digits = 1 if value.unit in ("%", "rank") or abs(value.value) >= 10 else 3
-    return f"{value.value:.{digits}f}{bounds(value, digits=digits) if interval else ''}"
+    return f"{value.value:.{digits(value)}f}{bounds(value, digits=digits(value)) if interval else ''}"
+
+
+def digits(value: MetricValue) -> int:
+    """Decimals that a metric is shown with."""
+    return 1 if value.unit in ("%", "rank") or abs(value.value) >= 10 else 3
+
+
+def per_image(arm: Arm) -> str:
+    """GFLOPs of single images, and what padding makes of them: `1.90 [1.50, 2.30], padded at batch 16: 2.20`."""
+    found = arm.per_image
+    if found is None:
+        return NONE
+    flops = found.flops
+    spread = "" if flops.low is None or flops.high is None else f" [{_giga(flops.low)}, {_giga(flops.high)}]"
+    return f"{_giga(flops.value)}{spread}, padded at batch {found.batch}: {_giga(found.padded)}"
+
+
+def _giga(count: float) -> str:
+    return number(count / 1e9)
+
+
+def alone(arm: Arm, record: Record) -> dict[str, float]:
+    """The speed-ups of a stack's parts, each alone, as far as they are in its record."""
+    speed = {each.name: each.test_speedup.value for each in record.arms if each.test_speedup}
+    return {part: speed[part] for part in (arm.interaction.parts if arm.interaction else ()) if part in speed}
+
+
+def product(arm: Arm, record: Record) -> str:
+    """What the parts of a stack would come to if their speed-ups multiplied."""
+    speed = alone(arm, record)
+    return f"{math.prod(speed.values()):.2f}x" if arm.interaction and len(speed) == len(arm.interaction.parts) else NONE
 
 
 def lossiness(value: MetricValue | None) -> str:
@@ -217,9 +264,29 @@ def heading(record: Record, name: str) -> str:
 
 
 def label(arm: Arm) -> str:
-    """The arm's name, with its stack where the name does not say it."""
+    """The arm's name, with its stack where the name does not say it; of a control, what it is."""
     text = f"{arm.name}: {arm.spec}" if arm.spec and not arm.spec.startswith(arm.name) else arm.spec or arm.name
-    return f"control · {text}" if arm.kind == "control" else text
+    if arm.kind != "control":
+        return text
+    role = CONTROLS.get(arm.control, arm.control)
+    return f"control ({role}) · {text}" if role else f"control · {text}"
+
+
+def apart(arm: Arm) -> bool:
+    """Whether it is one of the controls of which a run may have dozens."""
+    return arm.kind == "control" and arm.control not in ("noop", "identity")
+
+
+def untaught(envelope: Envelope) -> str:
+    """A sentence where quality says nothing, since a tower has random weights that no training changes."""
+    if envelope.weights != "random" or envelope.protocol.train == "full":
+        return ""
+    return "The weights are random: time, memory and FLOPs mean something, quality does not."
+
+
+def place(control: str) -> int:
+    """Where a control stands among the others."""
+    return list(CONTROLS).index(control) if control in CONTROLS else len(CONTROLS)
 
 
 def status(arm: Arm) -> str:

@@ -15,37 +15,12 @@ from typing import Any
 from effbench import store
 from effbench.errors import EffbenchError
 from effbench.records import Arm, Envelope, Record
-from effbench.report import figures, tables
+from effbench.report import equal_budget, figures, tables
+from effbench.report.legend import INTRODUCTION
 from effbench.report.markdown import code, escape
 from effbench.report.tables import Row
 
-INTRODUCTION = """\
-# effbench leaderboard
-
-Written by `effbench leaderboard` from the records in [records](records); do not edit.
-
-- Every table is one *envelope*: the same task, data, weights, protocol and device. Rows of two tables are never ranked
-  together.
-- Order: the baseline, then the methods by test speed-up, then the controls.
-- Speed-up: median of the paired ratios baseline time / arm time, with its 95 % interval. FASTER and SLOWER need a
-  99 % interval that excludes 1 and a median beyond 3 %; NO DIFFERENCE an interval within 3 %; AMBIGUOUS is an answer. A
-  speed-up inside the band of `noop`, a second untouched baseline, is noise.
-- FLOPs promise: FLOPs of the baseline / FLOPs of the arm, its own scoring and matching included. Realised: measured
-  speed-up / promise.
-- GFLOPs: per image-caption pair at test time, 1 MAC = 2 FLOPs; `+` is the method's own scoring, `≥` a lower bound.
-  Useful: what masks leave of them. Low-bit: bit operations, not within GFLOPs. Analytic: the same by the layers'
-  formulas; `≠` where it is off by more than 1 %.
-- Time of a step: mean of the middle half of the timed steps; compute alone but for data wait and transfer. Memory:
-  growth of the process above what its libraries take, and the tensors in it.
-- Agrees in t2i_top1: share of the captions for which the arm ranks the same image first as the baseline;
-  t2i_overlap10: share of the ten best that both have in common; i2t: of images and their captions.
-- Tokens: those that enter the first and the last block's MLP. Peak: all tensors that live together in a test step, in a
-  process of its own; the process's own growth stands beside it under Memory.
-- Train: — where an arm uses the baseline's own weights. Where the image tower is locked its features are computed once;
-  that pass is part of the training time, and its FLOPs are spread over the epochs.
-- Lossy-ness: 1 - quality / baseline's quality, with its 95 % interval; negative is better than the baseline. No loss is
-  claimed only where two one-sided tests at 5 % put it within the margin.
-"""
+LONG = 12  # rows or lines beyond which what is secondary is folded away
 
 
 def write_leaderboard(root: Path) -> Path:
@@ -126,8 +101,16 @@ def _section(digest: str, records: list[Record], differing: list[str]) -> str:
     rows = _rows(valid)
     parts = [_heading(envelope, digest), _conditions(envelope), _warning(envelope, differing)]
     if rows:
-        parts += ["**Cost**", tables.cost(rows), "**Quality**", tables.quality(rows, newest)]
-        parts += ["**Where the speed-up comes from**", tables.origin(rows)]
+        shown, others = _apart(rows)
+        parts += ["**Cost**", tables.cost(shown), "**Quality**", tables.quality(shown, newest)]
+        if others:
+            both = f"{tables.cost(others)}\n\n{tables.quality(others, newest)}"
+            parts.append(_folded(f"Cost and quality of {len(others)} more controls", both))
+        if not figures.untaught(envelope):
+            parts.append(equal_budget.section(rows))
+        parts.append(_titled("Stacks", tables.stacks(rows, newest.primary_metric)))
+        origin = _folded if len(shown) > LONG else _titled
+        parts.append(origin("Where the speed-up comes from", tables.origin(shown)))
         parts += [_folded(title, make(rows)) for title, make in FOLDED.items()]
         parts.append(_measured(rows, len(valid)))
     invalid = [record for record in records if record.status != "ok"]
@@ -146,6 +129,19 @@ FOLDED = {
 }
 
 
+def _apart(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows that a reader sees at once, and the controls that are folded away since they are many."""
+    sides: tuple[list[Row], list[Row]] = [], []
+    for row in rows:
+        sides[figures.apart(row.arm)].append(row)
+    return (rows, []) if len(sides[1]) <= figures.FEW else sides
+
+
+def _titled(title: str, text: str) -> str:
+    """A table that a page shows at once; nothing where it is empty."""
+    return f"**{title}**\n\n{text}" if text else ""
+
+
 def _folded(title: str, text: str) -> str:
     """A table that a page shows on demand; nothing where it is empty."""
     return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" if text else ""
@@ -154,8 +150,9 @@ def _folded(title: str, text: str) -> str:
 def _heading(envelope: Envelope, digest: str) -> str:
     data = f"{escape(envelope.data)} (synthetic)" if envelope.synthetic else escape(envelope.data)
     weights = envelope.weights[:12] if len(envelope.weights) == 64 else envelope.weights
+    weights = "**random weights**" if weights == "random" else f"weights {escape(weights)}"
     return (
-        f"## {escape(envelope.task)} on data **{data}** · {escape(envelope.backbone)} · weights {escape(weights)} · "
+        f"## {escape(envelope.task)} on data **{data}** · {escape(envelope.backbone)} · {weights} · "
         f"train {envelope.protocol.train} · `{digest}`"
     )
 
@@ -184,6 +181,8 @@ def _warning(envelope: Envelope, differing: list[str]) -> str:
             f"> **These are results on {escape(envelope.data)}, images drawn by a program. They are never ranked with "
             "results on real data, and say nothing about quality there.**"
         )
+    if figures.untaught(envelope):
+        lines.append(f"> **{figures.untaught(envelope)}**")
     if differing:
         values = flat(envelope.model_dump())
         named = [f"{escape(field)} ({escape(_value(values.get(field)), 60)})" for field in differing]
@@ -213,8 +212,9 @@ def _rows(records: list[Record]) -> list[Row]:
     rows = [Row(arm, record, count[key]) for key, (arm, record) in best.items()]
 
     def rank(row: Row) -> tuple:
-        figure = row.arm.test_speedup
-        return figures.KINDS.index(row.arm.kind), row.arm.status != "ok", -figure.value if figure else 0.0, row.arm.name
+        arm, figure = row.arm, row.arm.test_speedup
+        place = figures.place(arm.control) if arm.kind == "control" else 0
+        return figures.KINDS.index(arm.kind), place, arm.status != "ok", -figure.value if figure else 0.0, arm.name
 
     return sorted(rows, key=rank)
 
@@ -253,9 +253,9 @@ def _measured(rows: list[Row], total: int) -> str:
         if record.provenance.command:
             parts.append(code(record.provenance.command))
         notes = [*record.notes, *(f"{arm.name}: {note}" for arm in record.arms for note in arm.notes)]
-        if notes:
-            parts.append("\n".join(f"- {escape(note, 300)}" for note in dict.fromkeys(notes)))
-    return "\n\n".join(parts)
+        listed = "\n".join(f"- {escape(note, 300)}" for note in dict.fromkeys(notes))
+        parts.append(_folded(f"{len(notes)} notes", listed) if len(notes) > LONG else listed)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _control(record: Record, name: str) -> str:

@@ -10,11 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from effbench import parity, store
-from effbench.records import Arm, Record
-from effbench.report import figures
+from effbench.records import Arm, Record, Versus
+from effbench.report import equal_budget, figures
 from effbench.report.markdown import clean
 
 VERDICT_STYLES = {"FASTER": "green", "SLOWER": "red", "AMBIGUOUS": "yellow", "TOO FEW SAMPLES": "yellow"}
+VERDICT_STYLES |= {"BETTER": "green", "WORSE": "red"}
 KIND_STYLES = {"baseline": "bold", "control": "dim", "method": ""}
 MAX_METRICS = 6  # in 100 columns; in WIDE ones all of a retrieval task
 WIDE = 130
@@ -23,7 +24,9 @@ WIDE = 130
 def print_record(record: Record, console: Console) -> None:
     """Print a run: what was measured, the arms' cost and quality, and what limits the figures (fits 100 columns)."""
     console.width = max(console.width, 100)  # a narrower table would lose columns; a narrow terminal wraps the lines
-    arms = sorted(record.arms, key=lambda arm: figures.KINDS.index(arm.kind))
+    every = sorted(record.arms, key=lambda arm: (figures.KINDS.index(arm.kind), figures.place(arm.control)))
+    hidden = sum(map(figures.apart, every))
+    arms = [arm for arm in every if hidden <= figures.FEW or not figures.apart(arm)]
     envelope, protocol = record.envelope, record.envelope.protocol
     data = clean(envelope.data) + (" (synthetic)" if envelope.synthetic else "")
     console.print(Text.assemble((f"{clean(envelope.task)} on {data}", "bold"), f" · {clean(envelope.backbone)}"))
@@ -36,6 +39,8 @@ def print_record(record: Record, console: Console) -> None:
     )
     if record.status != "ok":
         console.print(Text(f"INVALID: {clean(record.why_invalid, None)}", style="bold red"))
+    if figures.untaught(envelope):
+        console.print(Text(figures.untaught(envelope), style="bold yellow"))
     console.print(_cost(arms))
     if any(arm.step_time for arm in arms):
         console.print(_time(arms, protocol.timing_batch))
@@ -43,6 +48,16 @@ def print_record(record: Record, console: Console) -> None:
     console.print(_quality(arms, record, shown))
     if len(record.envelope.metrics) > shown:
         console.print(Text(f"{len(record.envelope.metrics) - shown} more metrics are on the page", style="dim"))
+    controls = equal_budget.controls_of(arms)
+    if controls and not figures.untaught(envelope):
+        console.print(_against(arms, record, controls))
+    if len(arms) < len(every):
+        console.print(Text(f"{hidden} more controls are on the page", style="dim"))
+    for arm in arms:
+        if arm.interaction:
+            console.print(Text(clean(_stack(arm, record), None)))
+        if arm.per_image:
+            console.print(Text(f"{clean(arm.name)}: GFLOPs of single images {figures.per_image(arm)}"))
     floor, kernel = (record.control(name) for name in ("noop", "identity"))
     console.print(
         Text(
@@ -64,10 +79,10 @@ def print_record(record: Record, console: Console) -> None:
             )
     if record.energy:
         console.print(Text(figures.energy(clean(record.energy, None)), style="dim"))
-    for arm in arms:
+    for arm in every:
         if arm.status != "ok":
             console.print(Text(f"{clean(arm.name)} {arm.status}: {clean(arm.error, None)}", style="red"))
-    notes = [*record.notes, *(f"{arm.name}: {note}" for arm in arms for note in arm.notes)]
+    notes = [*record.notes, *(f"{arm.name}: {note}" for arm in every for note in arm.notes)]
     notes += [
         f"{arm.name}: {value.note}"
         for arm in arms
@@ -94,6 +109,7 @@ def _fill(table: Table, arms: list[Arm], cells: Callable[[Arm], list[str | Text]
             table.add_section()
             table.add_row(Text("controls:", style="dim"))
         text = arm.name if arm.kind == "control" else figures.label(arm)
+        text += f" ({figures.CONTROLS['part']})" if arm.control == "part" else ""
         indent = "  " if arm.kind == "control" else ""
         table.add_row(Text(indent + clean(text), style=KIND_STYLES[arm.kind]), *cells(arm))
     return table
@@ -166,3 +182,31 @@ def _quality(arms: list[Arm], record: Record, most: int) -> Table:
         return [Text(clean(value).replace(" [", "\n[")) for value in values]
 
     return _fill(_table("Quality", [f"lossy-ness\n{clean(primary)}", *headings]), arms, cells)
+
+
+def _against(arms: list[Arm], record: Record, controls: list[str]) -> Table:
+    """Methods beside blind controls of the same budget: the verdict and the advantage in the metric's unit."""
+    methods = [arm for arm in arms if arm.kind == "method" and record.primary_metric in arm.metrics]
+    columns = [clean(figures.heading(record, record.primary_metric)).replace(" ", "\n", 1)]
+    columns += [f"{clean(control)}\n{equal_budget.BUDGETS.get(control, '')}" for control in controls]
+
+    def cells(arm: Arm) -> list[str | Text]:
+        own = arm.metrics[record.primary_metric]
+
+        def judged(found: Versus) -> str:
+            off = equal_budget.excess(found, arm, record)
+            text = f"{equal_budget.verdict(found)}\n{equal_budget.advantage(found, own)}"
+            return text if off is None else f"{text}\n{off:.2f}x its FLOPs"
+
+        found = [equal_budget.against(arm, record, control, judged) for control in controls]
+        return [figures.metric(own), *(Text(text, VERDICT_STYLES.get(text.partition("\n")[0], "")) for text in found)]
+
+    return _fill(
+        _table("Advantage over blind controls at the same budget (positive is better)", columns), methods, cells
+    )
+
+
+def _stack(arm: Arm, record: Record) -> str:
+    text = f"{arm.name}: {figures.ratio(arm.test_speedup)}, the product of its parts {figures.product(arm, record)}"
+    text += f", interaction {figures.factor(arm.interaction.speedup)}"
+    return text + f"; of lossy-ness {figures.factor(arm.interaction.quality)}"

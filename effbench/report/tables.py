@@ -41,7 +41,7 @@ def _table(rows: list[Row], header: list[str], cells: Callable[[Row], list[str]]
 
 def cost(rows: list[Row]) -> str:
     header = ["phase", "test speed-up", "verdict", "FLOPs promise", "realised", "train speed-up", "GFLOPs", "tokens"]
-    header += ["params M", "weights MiB", "peak MiB", "status"]
+    header += ["GFLOPs of single images", "params M", "weights MiB", "peak MiB", "status"]
 
     def cells(row: Row) -> list[str]:
         arm = row.arm
@@ -54,6 +54,7 @@ def cost(rows: list[Row]) -> str:
             figures.ratio(arm.train_speedup) if arm.train_time else NONE,
             figures.gflops(arm.test_flops),
             figures.tokens(arm),
+            figures.per_image(arm),
             figures.number(arm.parameters / 1e6) if arm.parameters else NONE,
             figures.mebibytes(arm.weight_bytes),
             figures.mebibytes(figures.peak(arm.memory)),
@@ -81,9 +82,30 @@ def quality(rows: list[Row], record: Record) -> str:
     return _table(rows, header, cells)
 
 
+def stacks(rows: list[Row], primary: str) -> str:
+    """Stacks against their parts."""
+    header = ["parts alone", "speed-up of the stack", "product of its parts", "interaction"]
+    header += [f"lossy-ness of {escape(primary)}", "interaction of lossy-ness"]
+
+    def cells(row: Row) -> list[str]:
+        arm, found = row.arm, row.arm.interaction
+        parts = [f"{part} {speed:.2f}x" for part, speed in figures.alone(arm, row.record).items()]
+        return [
+            escape(", ".join(parts), 400) or NONE,
+            figures.ratio(arm.test_speedup),
+            figures.product(arm, row.record),
+            figures.factor(found and found.speedup),
+            escape(figures.lossiness(arm.metrics.get(primary))),
+            figures.factor(found and found.quality),
+        ]
+
+    return _table([row for row in rows if row.arm.interaction], header, cells)
+
+
 def origin(rows: list[Row]) -> str:
     """Where a speed-up comes from, and what stands in its way."""
-    header = ["compute", "end to end", "image tower", "Amdahl ceiling", "kernels", "kernel effect", "method effect"]
+    header = ["compute", "end to end", "image tower", "text tower", "Amdahl ceiling", "kernels"]
+    header += ["kernel effect", "method effect"]
 
     def cells(row: Row) -> list[str]:
         arm, identity = row.arm, row.record.control("identity")
@@ -94,6 +116,7 @@ def origin(rows: list[Row]) -> str:
             figures.ratio(arm.test_speedup),
             figures.ratio(arm.end_to_end_speedup),
             figures.ratio(arm.image_speedup),
+            figures.ratio(arm.text_speedup),
             figures.ceiling(arm),
             escape("; ".join(differs)) or (NONE if arm.kind == "baseline" or arm.kernels is None else "the baseline's"),
             figures.ratio(kernel),

@@ -6,12 +6,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effbench.models.tower import Reduce
+from effbench.models.attention import Projections, class_attention
+from effbench.models.token_state import Reduce, picked
 
 
 def top(scores: Tensor, k: int) -> Tensor:
     """Indices (batch, k) of the k highest of scores (batch, n)."""
     return scores.topk(k, dim=1, sorted=False).indices
+
+
+def rest(index: Tensor, n: int) -> Tensor:
+    """Indices (batch, n - k), ascending, of those of n tokens that are not at index (batch, k)."""
+    taken = torch.zeros(len(index), n, dtype=torch.uint8, device=index.device).scatter(1, index, 1)
+    return taken.argsort(dim=1, stable=True)[:, : n - index.shape[1]]
+
+
+def mean_query_attention(p: Projections, prefix: int, sizes: Tensor | None = None) -> Tensor:
+    """Attention of the patch tokens' mean query to all tokens, averaged over heads: for towers without a class token.
+
+    One row per head: tokens x width MACs.
+
+    Returns:
+        (batch, tokens), each row sums to 1.
+    """
+    return class_attention(p._replace(q=p.q[:, :, prefix:].mean(dim=2, keepdim=True)), sizes)
+
+
+def change(before: Tensor, after: Tensor) -> Tensor:
+    """How far tokens (batch, n, width) turned: 1 - cosine, (batch, n), in [0, 2]."""
+    return 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
 
 
 def stride(n: int, k: int, like: Tensor) -> Tensor:
@@ -29,31 +52,24 @@ def farthest(x: Tensor, k: int) -> Tensor:
     batch, n, _ = x.shape
     x = F.normalize(x, dim=-1)
     similarity = x @ x.transpose(1, 2)
-    chosen = torch.empty(batch, k, dtype=torch.long, device=x.device)
     # the first is the token that is least like its most different partner; the second then is that partner
-    nearest = similarity.amin(dim=2)
-    for step in range(k):
-        pick = nearest.argmin(dim=1)
-        chosen[:, step] = pick
-        row = similarity.gather(1, pick[:, None, None].expand(batch, 1, n)).squeeze(1)
-        nearest = row if step == 0 else torch.maximum(nearest, row)
-        nearest = nearest.scatter(1, chosen[:, : step + 1], float("inf"))
-    return chosen
+    pick = similarity.amin(dim=2).argmin(dim=1)
+    similarity.diagonal(dim1=1, dim2=2).fill_(float("inf"))  # a chosen one is near itself: it is not chosen again
+    rows = similarity.flatten(0, 1)
+    first = torch.arange(0, batch * n, n, device=x.device)
+    chosen = [pick]
+    nearest = rows.index_select(0, first + pick)
+    for _ in range(k - 1):  # each depends on the one before
+        chosen.append(nearest.argmin(dim=1))
+        nearest = torch.maximum(nearest, rows.index_select(0, first + chosen[-1]))
+    return torch.stack(chosen, dim=1)
 
 
 def gather(index: Tensor, prefix: int) -> Reduce:
     """A reduction that keeps the prefix tokens and, of the others, those at index (batch, k)."""
     batch = index.shape[0]
     head = torch.arange(prefix, device=index.device).expand(batch, prefix)
-    index = torch.cat([head, index + prefix], dim=1)
-
-    def reduce(field: Tensor, kind: str) -> Tensor:
-        # whole rows are copied at once: several times faster on a CPU than torch.gather
-        tokens = field.shape[1]
-        flat = (index + torch.arange(0, batch * tokens, tokens, device=index.device)[:, None]).flatten()
-        return field.reshape(batch * tokens, *field.shape[2:]).index_select(0, flat).unflatten(0, (batch, -1))
-
-    return reduce
+    return picked(torch.cat([head, index + prefix], dim=1))
 
 
 def fuse_rest(keep: Reduce, index: Tensor, weights: Tensor, prefix: int) -> Reduce:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from effbench.method import Method, param
-from effbench.models.tower import TokenEdit
+from effbench.models.token_state import TokenEdit
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,113 @@
+"""The `resize` control: the image sizes whose FLOPs bracket a method's, added by the harness itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from effbench import randomness
+from effbench.arms import ArmPlan, testing_model
+from effbench.measure.flops import flops_of
+from effbench.method import Method
+from effbench.registry import methods
+from effbench.spec import canonical
+
+if TYPE_CHECKING:
+    from effbench.models.backbones import Backbone
+    from effbench.records import Protocol
+    from effbench.task import Task
+
+CONTROL = "resize"  # the method that is this control; where it is not installed there is none
+LEAST_SAVED = 0.005  # share of the image tower's FLOPs; what saves less needs no smaller image beside it
+
+
+def image_work(
+    plan: ArmPlan, task: Task, prepared: Any, recipe: Any, backbone: Backbone, protocol: Protocol
+) -> tuple[int, Any]:
+    """FLOPs of an arm's image tower for one image, its own scoring included, and the arm's model.
+
+    0 where the task has no image tower.
+    """
+    randomness.seed_all(0)
+    model = testing_model(plan, task, recipe, backbone, protocol, {}, None)
+    part = task.parts(model).get("image")
+    if part is None:
+        return 0, model
+    batch = task.batch(prepared, "test", np.arange(1), np.random.default_rng(0), pixels=False)
+    batch["image"] = torch.randn(1, 3, protocol.image_size, protocol.image_size)
+    inputs: list[Any] = []
+    handle = part.register_forward_pre_hook(lambda _, given: inputs.append(given))
+    try:
+        with torch.no_grad():
+            task.predict(model, batch)
+            handle.remove()
+            count = flops_of(lambda: part(*inputs[0]), part)
+    finally:
+        handle.remove()
+    return count.dense_flops + count.overhead_flops + 2 * count.low_bit_macs, model
+
+
+def resize_arms(
+    plans: Sequence[ArmPlan], work: Callable[[ArmPlan], tuple[int, Any]]
+) -> tuple[list[ArmPlan], dict[str, int]]:
+    """For every method that saves FLOPs of the image tower, the two image sizes that bracket it.
+
+    Args:
+        work: `image_work` of an arm.
+
+    Returns:
+        the arms, one per size and phase; and the image tower's FLOPs by name of every arm looked at.
+    """
+    if CONTROL not in methods.names():
+        return [], {}
+    dense, model = work(plans[0])
+    found = {plans[0].name: dense}
+    ladder = _ladder(model) if dense else []
+    arms: dict[str, ArmPlan] = {}
+    for plan in plans if ladder else ():
+        if plan.kind != "method" or is_rung(plan):
+            continue
+        found[plan.name], _ = work(plan)
+        if not saves(found, plan.name):
+            continue
+        rungs = [_arm(method, plan.phase) for method in ladder]
+        low, high = -1, len(rungs)  # the rungs on both sides, by bisection: FLOPs grow with the size
+        while high - low > 1:
+            middle = (low + high) // 2
+            rung = rungs[middle]
+            if rung.name not in found:
+                found[rung.name], _ = work(rung)
+            low, high = (middle, high) if found[rung.name] <= found[plan.name] else (low, middle)
+        for rung in rungs[max(low, 0) : high + 1]:
+            if rung.name not in found:
+                found[rung.name], _ = work(rung)
+            known = arms.get(rung.name, rung)
+            arms[rung.name] = replace(known, controls_for=(*known.controls_for, plan.name))
+    return list(arms.values()), found
+
+
+def saves(work: dict[str, int], name: str) -> bool:
+    """Whether an arm spends so much less on images than the baseline that smaller ones are a control of it."""
+    return name in work and work[name] <= (1 - LEAST_SAVED) * work["baseline"]
+
+
+def is_rung(plan: ArmPlan) -> bool:
+    """Whether an arm is the control, asked for or not: a smaller image and nothing else."""
+    return len(plan.methods) == 1 and methods.name_of(type(plan.methods[0])) == CONTROL
+
+
+def _ladder(model: Any) -> list[Method]:
+    """The control at every smaller size, ascending; empty where the tower takes no other size."""
+    from effbench.models.tower import view
+
+    tower = view(model).image
+    return methods.get(CONTROL).ladder(tower) if tower is not None and tower.resize else []
+
+
+def _arm(method: Method, phase: str) -> ArmPlan:
+    stack = (replace(method, phase=phase),)
+    return ArmPlan(canonical(stack), stack, "control", CONTROL)

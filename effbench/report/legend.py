@@ -1,0 +1,39 @@
+"""How to read the leaderboard: what stands above its tables."""
+
+INTRODUCTION = """\
+# effbench leaderboard
+
+Written by `effbench leaderboard` from the records in [records](records); do not edit.
+
+- Every table is one *envelope*: the same task, data, weights, protocol and device. Rows of two tables are never ranked
+  together.
+- Order: the baseline, then the methods by test speed-up, then the controls; where these are many, most are folded up.
+- Controls: `noop` is a second, untouched baseline, `identity` the baseline on effbench's own attention. `random`,
+  `grid` and `norm` keep as many tokens as a method, chosen blindly. `resize` spends the FLOPs of a method's
+  image tower on a smaller image; its quality is interpolated between two sizes. A stack's part alone is one method of
+  it.
+- Speed-up: median of the paired ratios baseline time / arm time, with its 95 % interval. FASTER and SLOWER need a
+  99 % interval that excludes 1 and a median beyond 3 %; NO DIFFERENCE an interval within 3 %; AMBIGUOUS is an answer. A
+  speed-up inside the band of `noop`, a second untouched baseline, is noise.
+- FLOPs promise: FLOPs of the baseline / FLOPs of the arm, its own scoring and matching included. Realised: measured
+  speed-up / promise.
+- GFLOPs: per image-caption pair at test time, 1 MAC = 2 FLOPs; `+` is the method's own scoring, `≥` a lower bound.
+  Useful: what masks leave of them. Low-bit: bit operations, not within GFLOPs. Analytic: the same by the layers'
+  formulas; `≠` where it is off by more than 1 %. Of single images: where token counts depend on the image, mean and
+  [5 %, 95 %] of images at batch 1; in a batch all are padded to the longest.
+- Time of a step: mean of the middle half of the timed steps; compute alone but for data wait and transfer. Memory:
+  growth of the process above what its libraries take, and the tensors in it.
+- Agrees in t2i_top1: share of the captions for which the arm ranks the same image first as the baseline;
+  t2i_overlap10: share of the ten best that both have in common; i2t: of images and their captions.
+- Tokens: those that enter the first and the last block's MLP. Peak: all tensors that live together in a test step, in a
+  process of its own; the process's own growth stands beside it under Memory.
+- Train: — where an arm uses the baseline's own weights. Where the image tower is locked its features are computed once;
+  that pass is part of the training time, and its FLOPs are spread over the epochs.
+- Advantage: method - control in the metric's unit, positive is better, with its 95 % interval from the same resampled
+  images. BETTER and WORSE need an interval that excludes 0: of twenty equals about one is called so. n/a: the method
+  takes no tokens away.
+- Interaction: speed-up of a stack / product of its parts' speed-ups, paired by turn; of lossy-ness the same with
+  1 - lossy-ness. At 1 they multiply; parts that shorten different towers come out above it.
+- Lossy-ness: 1 - quality / baseline's quality, with its 95 % interval; negative is better than the baseline. No loss is
+  claimed only where two one-sided tests at 5 % put it within the margin.
+"""

@@ -1,0 +1,50 @@
+"""Image size: the tower sees a smaller image, so it has fewer tokens from its first block on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from effbench.errors import UsageError
+from effbench.method import Method, param
+from effbench.models.tower import ModelView, Tower, scaling
+
+
+@dataclass(frozen=True)
+class Resize(Method):
+    """Take the images at another side; position embeddings are interpolated.
+
+    The tower scales the images itself (bicubic, antialiased), so the time of it is the method's. It is also the control
+    that every other way to spend fewer FLOPs has to beat (`ladder`).
+    """
+
+    source = "interpolated position embeddings: ViT, arXiv 2010.11929; image size matters most: MM1, arXiv 2403.09611"
+    goes_before = ("token_prune", "token_merge", "patch_pool", "sparse_attention")
+    phases = ("test", "both")  # what is trained at one side has no positions for another
+
+    size: int = param(160, "side of the images in pixels, a multiple of the patch", low=2, high=4096)
+
+    def edit_model(self, model: ModelView) -> None:
+        tower = model.image
+        if tower is None:
+            raise UsageError("resize needs an image tower of transformer blocks", "use a ViT backbone")
+        if tower.resize is None:
+            raise UsageError(
+                f"resize: this {tower.name} takes images of one side only", "use token_prune to save tokens"
+            )
+        if tower.grid[0] != tower.grid[1]:
+            raise UsageError(
+                f"resize knows square images, and this tower's have {tower.grid[0]} x {tower.grid[1]} patches",
+                "use token_prune to save tokens",
+            )
+        tower.resize(self.size)
+
+    def notes(self, model: ModelView) -> list[str]:
+        native = scaling(model.image.module).native
+        if self.size <= native:
+            return []
+        return [f"above the photos' {native} px: upsampled, so only FLOPs and time mean something"]
+
+    @classmethod
+    def ladder(cls, tower: Tower) -> list[Resize]:
+        """Every size below the tower's own that it can take, ascending, from 2 patches a side."""
+        return [cls(side * tower.patch) for side in range(2, tower.grid[0])]
