@@ -58,7 +58,8 @@ def plan_arms(stacks: Sequence[tuple[Method, ...]], wanted: Sequence[str] = ("ra
 
     Args:
         wanted: the controls to add, of `CONTROLS`: blind stand-ins of the same token budget that the methods name, one
-            per distinct budget; "part": each method of a stack alone. "resize" is `budget.resize_arms`'s.
+            per distinct budget; "part": each method of a stack alone. "resize" is `budget.resize_arms`'s. A control that
+            only one method knows is always added.
     """
     asked = {canonical(stack): stack for stack in stacks if stack}
     arms = [
@@ -71,7 +72,7 @@ def plan_arms(stacks: Sequence[tuple[Method, ...]], wanted: Sequence[str] = ("ra
 
     for spec, stack in asked.items():
         for control, others in judges(stack).items():
-            for other in others if control in wanted else ():
+            for other in others if control in wanted or control not in CONTROLS else ():
                 name = canonical(other)
                 if name not in asked:
                     known = controls.get(name, ArmPlan(name, other, "control", control))

@@ -22,6 +22,7 @@ from effbench.report.markdown import clean
 
 REFRESH_S = 0.25
 PLAIN_S = 10.0
+MOST = 12  # arms that are told of; the others only where they failed
 PLAIN_WIDTH = 96  # of a banner outside a terminal
 #: share of the time that drawing may take; a slow terminal is refreshed less often
 MAX_SHARE = 0.01
@@ -161,13 +162,21 @@ class Live:
         return ", ".join(parts)
 
     def _sentence(self) -> str:
-        width = max((len(clean(name)) for name in self._arms), default=0)
-        arms = (
+        shown, more = self._shown()
+        width = max((len(clean(name)) for name in shown), default=0)
+        arms = [
             f"    {clean(name):{width}}  "
             + "  ".join(f"{clean(key)} {_value(value)}" for key, value in columns.items())
-            for name, columns in self._arms.items()
-        )
-        return "\n".join([f"{self._description}: {self._counts()}", *arms])
+            for name, columns in shown.items()
+        ]
+        return "\n".join([f"{self._description}: {self._counts()}", *arms, *([f"    {more}"] if more else [])])
+
+    def _shown(self) -> tuple[Arms, str]:
+        """The arms that are told of, those that failed among them, and how many are not."""
+        failed = [name for name, columns in self._arms.items() if "status" in columns]
+        names = list(dict.fromkeys([*list(self._arms)[:MOST], *failed]))
+        hidden = len(self._arms) - len(names)
+        return {name: self._arms[name] for name in names}, f"and {hidden} more arms" if hidden else ""
 
     def _drawn(self) -> RenderableType:
         head = Table.grid(padding=(0, 2))
@@ -175,13 +184,14 @@ class Live:
         head.add_row(Text(self._description, "bold"), bar, Text(self._counts()))
         if not self._arms:
             return head
-        columns = list(dict.fromkeys(key for values in self._arms.values() for key in values))
+        shown, more = self._shown()
+        columns = list(dict.fromkeys(key for values in shown.values() for key in values))
         table = Table("arm", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0))
         for column in columns:
             table.add_column(Text(clean(column)), justify="right")
-        for name, values in self._arms.items():
+        for name, values in shown.items():
             table.add_row(Text(clean(name)), *(Text(_value(values.get(key, ""))) for key in columns))
-        return Group(head, table)
+        return Group(head, table, *([Text(more)] if more else []))
 
 
 def _value(value: float | str) -> str:

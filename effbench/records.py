@@ -296,7 +296,7 @@ class Arm(Model):
     text_speedup: Speedup | None = Field(None, description="text tower alone")
     end_to_end_speedup: Speedup | None = Field(None, description="data wait and transfer included")
     method_speedup: Speedup | None = Field(
-        None, description="against identity: the method's part where the kernels differ from the baseline's"
+        None, description="against identity, which has the arm's kernels and none of its methods: their own part"
     )
     ceiling: Finite | None = Field(None, description="Amdahl: speed-up if what the arm changes took no time")
     promised: Finite | None = Field(None, description="speed-up that the FLOPs promise, overhead included")

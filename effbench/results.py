@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from effbench import calibrate, parity, quality, records, speeds, versus
+from effbench import calibrate, quality, records, speeds, versus
 from effbench.arms import judges
 from effbench.budget import is_rung, saves
 from effbench.examine import examine, memory
@@ -177,12 +177,9 @@ def _masked(plan: ArmPlan, facts: dict[str, Any], baseline: records.Arm | None) 
 
 
 def _method_effect(arm: records.Arm, arms: list[records.Arm], rows: pd.DataFrame, batches: list[int]) -> records.Arm:
-    """Where an arm's kernels are not the baseline's: its speed-up against identity, which has those kernels."""
-    baseline = next(each for each in arms if each.kind == "baseline")
+    """The speed-up of an arm with methods against identity, which has its kernels and none of its methods."""
     identity = next((each for each in arms if each.control == "identity" and each.status == "ok"), None)
-    if arm.kernels is None or arm.control in ("noop", "identity") or not batches or identity is None:
-        return arm
-    if not parity.differs(baseline.kernels, arm.kernels):
+    if arm.status != "ok" or not arm.spec or not batches or identity is None:
         return arm
     frames = (speeds.timed(rows, name, batches[0]) for name in (identity.name, arm.name))
     return arm.model_copy(update=dict(method_speedup=speeds.speedup(*frames, "seconds")))

@@ -10,18 +10,11 @@ from torch import Tensor, nn
 
 from effbench.errors import UsageError
 from effbench.method import Method, param
-from effbench.models.attention import AttentionCore, Projections
+from effbench.models.attention import Attention, AttentionCore, Projections
 from effbench.models.tower import ModelView, Tower
-from effbench_methods.algorithms.attention_paths import (
-    Choice,
-    best_keys,
-    block_mask,
-    fastest,
-    flex,
-    gathered,
-    masked,
-)
-from effbench_methods.algorithms.attention_patterns import Layout, Pattern, block_sparse, divisors, sliding, windows
+from effbench_methods.algorithms.attention_gather import gathered
+from effbench_methods.algorithms.attention_paths import Choice, best_keys, block_mask, fastest, flex, masked
+from effbench_methods.algorithms.attention_patterns import Layout, block_sparse, divisors, sliding, windows
 
 #: the parameters that each pattern has
 PATTERNS = dict(window=("window",), sliding=("window",), block=("block",), bigbird=("block", "random"), topk=("k",))
@@ -83,11 +76,12 @@ class SparseAttention(Method):
             raise UsageError("sparse_attention: FlexAttention has no gradient on a CPU", "use path=reshape")
         layouts: dict[Any, Layout] = {}
         for place, number in enumerate(range(len(tower)) if self.at is None else sorted(set(self.at))):
-            core = SparseCore(self, tower, number, shifted=place % 2 == 1)
+            core = SparseCore(self, number, shifted=place % 2 == 1)
             tower.attend(number, core)
             if self.pattern != "topk":
-                core.layout = layouts.setdefault(core.variant, core.layout_of(tower.prefix, tower.grid).to(device))
-                core.choose()
+                if core.variant not in layouts:
+                    layouts[core.variant] = core.layout_of(tower.prefix, tower.grid).to(device)
+                core.place(tower.blocks[number].attn, layouts[core.variant])
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Refuse what does not fit a grid (height, width) of patches.
@@ -141,14 +135,11 @@ class SparseCore(AttentionCore):
 
     name = "sparse_attention"
 
-    def __init__(self, method: SparseAttention, tower: Tower, number: int, shifted: bool) -> None:
+    def __init__(self, method: SparseAttention, number: int, shifted: bool) -> None:
         super().__init__()
-        attention = tower.blocks[number].attn
         self.method, self.number, self.shifted = method, number, shifted
         self.needs_grid = method.pattern != "topk"  # the other patterns are about where a patch lies
-        self.dropout = attention.attn_drop
-        self.heads, self.width = attention.num_heads, attention.proj.in_features
-        self.scale, self.dtype = attention.scale, attention.proj.weight.dtype
+        self.dropout = 0.0
         self.layout: Layout | None = None
         self.choice = Choice("masked")
         self.fallback = ""
@@ -160,43 +151,47 @@ class SparseCore(AttentionCore):
         return {"window": self.shifted, "bigbird": self.number}.get(self.method.pattern)
 
     def layout_of(self, prefix: int, grid: tuple[int, int]) -> Layout:
-        return Layout(self.pattern_of(grid), prefix, grid)
-
-    def pattern_of(self, grid: tuple[int, int]) -> Pattern:
         method, patches = self.method, grid[0] * grid[1]
         match method.pattern:
             case "window":
-                return windows(grid, method.window, self.shifted)
+                pattern = windows(grid, method.window, self.shifted)
             case "sliding":
-                return sliding(grid, method.window)
+                pattern = sliding(grid, method.window)
+            case "block":
+                pattern = block_sparse(patches, method.block)
             case "bigbird":
-                return block_sparse(patches, method.block, method.random, self.number)
-            case _:
-                return block_sparse(patches, method.block)
+                pattern = block_sparse(patches, method.block, method.random, self.number)
+        return Layout(pattern, prefix, grid)
 
-    def choose(self) -> None:
-        """Decide the path for the device that the layout is on, and make ready what it needs there."""
-        seen = self.layout.seen
+    def place(self, attention: Attention, layout: Layout) -> None:
+        """Take the place of a block's attention, by the path that is fastest on the layout's device."""
+        self.dropout = attention.attn_drop
+        self.heads, self.width = attention.num_heads, attention.proj.in_features
+        self.scale, self.dtype = attention.scale, attention.proj.weight.dtype
+        self.layout = layout
+        self._choose()
+
+    def _choose(self) -> None:
+        layout, device = self.layout, self.layout.seen.device
         if self.method.path != "auto":
             self.choice = Choice(self.method.path)
-        elif not seen.is_meta:
-            method = replace(self.method, at=None, phase="test")
-            shape = (BATCH.get(seen.device.type, 16), self.heads, len(seen), self.width // self.heads)
-            key = (method, self.layout.grid, self.layout.prefix, shape, self.dtype, str(seen.device))
+        elif device.type != "meta":
+            shape = (BATCH.get(device.type, 16), self.heads, len(layout.seen), self.width // self.heads)
+            key = (replace(self.method, at=None), layout.grid, layout.prefix, shape, self.dtype, str(device))
             if key not in _CHOICES:
-                _CHOICES[key] = fastest(self.candidates(), shape, seen.new_empty(0, dtype=self.dtype), self.scale)
+                paths = dict(reshape=lambda p: gathered(p, layout), masked=lambda p: masked(p, layout.seen))
+                if (
+                    device.type == "cuda"
+                ):  # a CPU takes half a minute to compile flex, which is slower there than reshape
+                    pattern = block_mask(layout.seen)
+                    paths["flex"] = lambda p: flex(p, pattern)
+                _CHOICES[key] = fastest(paths, shape, self.scale, self.dtype, device)
             self.choice = _CHOICES[key]
-        self._block_mask = block_mask(seen) if self.choice.path == "flex" and not seen.is_meta else None
+        self._make_block_mask()
 
-    def candidates(self) -> dict[str, Any]:
-        layout = self.layout
-        paths = dict(reshape=lambda p: gathered(p, layout), masked=lambda p: masked(p, layout.seen))
-        if (
-            layout.seen.is_cuda
-        ):  # on a CPU gathering is faster, at 1025 tokens by 1.5 to 5, and compiling takes half a minute
-            pattern = block_mask(layout.seen)
-            paths["flex"] = lambda p: flex(p, pattern)
-        return paths
+    def _make_block_mask(self) -> None:
+        wanted = self.choice.path == "flex" and self.layout is not None and not self.layout.seen.is_meta
+        self._block_mask = block_mask(self.layout.seen) if wanted else None
 
     def forward(
         self, p: Projections, mask: Tensor | None, is_causal: bool, prefix: int, grid: tuple[int, int] | None
@@ -214,7 +209,7 @@ class SparseCore(AttentionCore):
         if (grid, prefix) != (layout.grid, layout.prefix):  # a coarser grid, or images of another size
             self.method.check_grid(grid)
             layout = self.layout = self.layout_of(prefix, grid).to(p.q.device)
-            self.choose()
+            self._choose()
         if self.choice.path == "reshape" and not is_causal and (mask is None or _weighs_keys(mask)):
             return gathered(p, layout, mask, dropout)
         if self.choice.path == "flex" and not is_causal and mask is None and not dropout:
@@ -249,7 +244,7 @@ class SparseCore(AttentionCore):
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
         if self.layout is not None:  # on another device another path may be the fastest
-            self.choose()
+            self._choose()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -257,8 +252,7 @@ class SparseCore(AttentionCore):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.layout is not None and self.choice.path == "flex":
-            self._block_mask = block_mask(self.layout.seen)
+        self._make_block_mask()
 
 
 _CHOICES: dict[Any, Choice] = {}  # timed once a process, so that all arms of an experiment take the same path

@@ -111,7 +111,7 @@ def test_an_openclip_experiment(tiny_clip, tmp_path):
         live=Live(Console(quiet=True)),
     )
     method = found.arm("token_prune:keep=0.5,at=1/2")
-    assert [arm.status for arm in found.arms] == ["ok"] * 5 and method.tokens == (17, 9, 5, 5)
+    assert {arm.status for arm in found.arms} == {"ok"} and method.tokens == (17, 9, 5, 5)
     assert method.test_flops.dense < found.baseline().test_flops.dense
 
 

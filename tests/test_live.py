@@ -43,6 +43,17 @@ def test_without_a_terminal_a_line_per_ten_seconds_and_one_at_the_end(clock):
     assert lines[-len(ARMS)].startswith("    baseline") and "0.2123" in lines[-len(ARMS)]
 
 
+@pytest.mark.parametrize("make", [plain, terminal])
+def test_of_many_arms_the_first_and_the_failed_are_told(make):
+    show, file = make()
+    arms = {f"arm{i}": {"step s": 1.0} for i in range(30)} | {"broken": {"status": "FAILED"}}
+    with show:
+        show.stage("training", 1)
+        show.advance(1, arms)
+    text = file.getvalue()
+    assert "arm11 " in text and "arm12" not in text and "FAILED" in text and "and 18 more arms" in text
+
+
 def test_plain_text_is_ascii_and_has_no_control_characters():
     show, file = plain()
     with show:

@@ -59,7 +59,9 @@ def _self_attention(module: Any, inputs: list[Tensor], output: Any) -> list[Prod
     trains = inputs[0].requires_grad or any(
         p.requires_grad for name, p in module.named_parameters() if not name.startswith("proj.")
     )
-    return _products(batch * tokens**2, module.proj.in_features, trains)
+    core = getattr(module, "core", None)  # a method's own attention
+    pairs = tokens**2 if core is None else core.pairs(tokens)
+    return _products(batch * pairs, module.proj.in_features, trains)
 
 
 def _whole_self_attention(module: Any, inputs: list[Tensor], output: Any) -> list[Product]:

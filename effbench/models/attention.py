@@ -45,6 +45,10 @@ class AttentionCore(nn.Module):
         """
         raise NotImplementedError
 
+    def pairs(self, tokens: int) -> int:
+        """Products of a query and a key that it computes, per head and image."""
+        return tokens**2
+
 
 class Attention(nn.Module):
     """Multi-head self-attention on the library's very Parameters, held by plain nn.Linear modules.

@@ -134,9 +134,7 @@ class Tower:
         target = self.blocks[block]
         for method in (target.attn.core, target.token_edit):
             if method is not None and method.needs_grid:
-                self._refuse(
-                    block, edit.name, method.name, f"{edit.name} breaks the grid that {method.name} needs in"
-                )
+                self._refuse(block, edit.name, method.name, f"{edit.name} breaks the grid that {method.name} needs in")
 
     def _refuse_after_reduction(self, block: int, method: AttentionCore | TokenEdit, earlier: int) -> None:
         """Refuse a method that needs the grid which an earlier block breaks up."""

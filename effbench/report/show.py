@@ -69,7 +69,10 @@ def print_record(record: Record, console: Console) -> None:
         console.print(Text(f"this machine: {figures.calibration(record.calibration)}\n{figures.precision(record)}"))
     for arm in arms:
         if arm.method_speedup and kernel and kernel.test_speedup and arm.kind == "method":
-            differs = "; ".join(parity.differs(record.baseline().kernels, arm.kernels))
+            theirs = record.baseline().kernels
+            differs = "; ".join(parity.differs(theirs, arm.kernels)) if theirs and arm.kernels else ""
+            if not differs:
+                continue
             console.print(
                 Text(
                     f"{clean(arm.name)}: {figures.ratio(arm.test_speedup)} = kernel effect "

@@ -1,9 +1,10 @@
-"""How a sparse pattern is computed: by gathering keys, by a mask, by FlexAttention; and which is fastest where."""
+"""Sparse attention by a mask, by its scores, by FlexAttention; and which path is the fastest where."""
 
 from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,63 +18,8 @@ from torch import Tensor
 from effbench.errors import EffbenchError
 from effbench.measure.clock import Clock
 from effbench.models.attention import Projections
-from effbench_methods.algorithms.attention_patterns import Layout
 
 PAIRS = 5  # timed repetitions of each path
-
-
-def gathered(p: Projections, layout: Layout, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """Each block of queries with the keys that it sees, copied together: dense attention on less.
-
-    On a CPU without gradients the images go one by one, so that what is copied stays in the cache: ViT-B's windows of
-    7 x 7 are then 1.7 times as fast as dense attention or more, with the whole batch at once only 1.1 times.
-
-    Args:
-        bias: added to the scores, (batch, 1, 1, tokens), or None.
-
-    Returns:
-        (batch, heads, tokens, head width).
-    """
-    batch, heads, tokens, width = p.q.shape
-    q, k, v = (x.transpose(1, 2).flatten(2) for x in p[:3])  # (batch, tokens, heads x head width)
-    first, attend = layout.prefix, partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=p.scale)
-
-    def in_blocks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, images: int) -> Tensor:
-        """(blocks x block size of all images, heads x head width) from rows (tokens of all images, the same)."""
-        queries, keys = (_of_all(index, images, tokens) for index in (layout.queries, layout.keys))
-        parts = (x.index_select(0, index) for x, index in ((q, queries), (k, keys), (v, keys)))
-        parts = [x.view(images * layout.blocks, -1, heads, width).transpose(1, 2) for x in parts]
-        mask = layout.mask
-        if mask is not None and images > 1:
-            mask = mask.repeat(images, 1, 1, 1)
-        if bias is not None:
-            bias = bias.reshape(-1).index_select(0, keys).view(images * layout.blocks, 1, 1, -1)
-            mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-        return attend(*parts, attn_mask=mask).transpose(1, 2).reshape(-1, heads * width)
-
-    def of_prefix(image: slice) -> Tensor:
-        one = attend(p.q[image, :, :first], p.k[image], p.v[image], attn_mask=None if bias is None else bias[image])
-        return one.transpose(1, 2).flatten(2)
-
-    if q.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        y = in_blocks(*(x.flatten(0, 1) for x in (q, k, v)), bias, batch)
-        y = y.index_select(0, _of_all(layout.order, batch, layout.queries.numel())).unflatten(0, (batch, -1))
-        out = torch.cat([of_prefix(slice(None)), y], dim=1) if first else y
-    else:
-        out = v.new_empty(batch, tokens, heads * width)
-        for i, (q_, k_, v_, out_) in enumerate(zip(q.unbind(), k.unbind(), v.unbind(), out.unbind(), strict=True)):
-            y = in_blocks(q_, k_, v_, None if bias is None else bias[i], 1)
-            torch.index_select(y, 0, layout.order, out=out_[first:])
-            if first:
-                out_[:first] = of_prefix(slice(i, i + 1))[0]
-    return out.view(batch, tokens, heads, width).transpose(1, 2)
-
-
-def _of_all(index: Tensor, images: int, rows: int) -> Tensor:
-    """Indices into the rows of one image as indices into those of all images."""
-    if images == 1:
-        return index
-    return (index + torch.arange(0, images * rows, rows, device=index.device)[:, None]).flatten()
 
 
 def masked(
@@ -139,12 +85,12 @@ def flex(p: Projections, pattern: Any) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _flex(*p, pattern)
-    if (
-        torch._dynamo.eval_frame._stance.stance == "force_eager"
-    ):  # FLOPs are being counted, which nothing compiled shows
+    stance = torch._dynamo.eval_frame._stance.stance
+    if stance == "force_eager":  # FLOPs are being counted, which nothing compiled shows
         from torch.nn.attention.flex_attention import flex_attention
 
-        return flex_attention(*p[:3], block_mask=pattern, scale=p.scale)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it is not compiled
+            return flex_attention(*p[:3], block_mask=pattern, scale=p.scale)
     try:
         return _compiled_flex()(*p, pattern)
     except EffbenchError:
@@ -192,7 +138,11 @@ class Choice:
 
 
 def fastest(
-    paths: dict[str, Callable[[Projections], Tensor]], shape: tuple[int, ...], like: Tensor, scale: float
+    paths: dict[str, Callable[[Projections], Tensor]],
+    shape: tuple[int, int, int, int],
+    scale: float,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Choice:
     """Time paths against dense attention on random tokens, interleaved, and choose the fastest.
 
@@ -202,16 +152,15 @@ def fastest(
     Args:
         paths: by name.
         shape: (batch, heads, tokens, head width).
-        like: gives dtype and device.
     """
-    on_cpu = like.device.type == "cpu"
-    clock = Clock("cpu", time.thread_time) if on_cpu else Clock(str(like.device))
+    on_cpu = device.type == "cpu"
+    clock = Clock("cpu", time.thread_time) if on_cpu else Clock(str(device))
     begun, compiling, failed = time.perf_counter(), 0.0, ""
     batch, heads, tokens, width = shape
-    random = torch.Generator(like.device).manual_seed(0)
+    random = torch.Generator(device).manual_seed(0)
     run = {"dense": lambda p: F.scaled_dot_product_attention(p.q, p.k, p.v, scale=p.scale)} | paths
     with torch.inference_mode(), _threads(1 if on_cpu else torch.get_num_threads()):
-        x = torch.randn(batch, tokens, 3, heads, width, generator=random, device=like.device, dtype=like.dtype)
+        x = torch.randn(batch, tokens, 3, heads, width, generator=random, device=device, dtype=dtype)
         p = Projections(*x.permute(2, 0, 3, 1, 4).unbind(0), scale)
         for name, path in list(run.items()):  # warm-up
             try:

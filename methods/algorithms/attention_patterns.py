@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,10 +83,12 @@ class Layout(nn.Module):
         mask: bool (blocks, 1, block size, keys), None where a block's queries all see all of its keys.
         order: (patches,), where each patch lies in `queries`.
         blocks: their number.
+        ready: what `attention_gather` makes of it once, for how tokens lie in memory.
     """
 
     def __init__(self, pattern: Pattern, prefix: int, grid: tuple[int, int]) -> None:
         super().__init__()
+        self.ready: dict[Any, Any] = {}
         self.prefix, self.grid, self.blocks = prefix, grid, len(pattern.blocks)
         seen = F.pad(pattern.seen, (prefix, 0, prefix, 0), value=True)
         queries = pattern.blocks + prefix
@@ -102,7 +104,7 @@ class Layout(nn.Module):
 
     @property
     def pairs(self) -> int:
-        """Query-key products per head and image that gathering computes, prefix queries included."""
+        """Query-key products per head and image that gathering computes for all at once."""
         return self.keys.numel() * (self.queries.numel() // self.blocks) + self.prefix * len(self.seen)
 
 
