@@ -58,8 +58,8 @@ def plan_arms(stacks: Sequence[tuple[Method, ...]], wanted: Sequence[str] = ("ra
 
     Args:
         wanted: the controls to add, of `CONTROLS`: blind stand-ins of the same token budget that the methods name, one
-            per distinct budget; "part": each method of a stack alone. "resize" is `budget.resize_arms`'s. A control that
-            only one method knows is always added.
+            per distinct budget; "part": each method of a stack alone. "resize" is `budget.resize_arms`'s. A control of
+            another name is always added.
     """
     asked = {canonical(stack): stack for stack in stacks if stack}
     arms = [

@@ -70,7 +70,9 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
         facts["train_flops"] = _training_flops(experiment, training)
     if "per image" in claims:
         facts |= _image_by_image(experiment, arm)
-    said = [note for method in arm.plan.methods for note in method.notes(view(arm.model))]
+    edited = view(arm.model) if arm.plan.methods else None
+    said = [note for method in arm.plan.methods for note in method.notes(edited)]
+    facts["no_quality"] = "; ".join(filter(None, (method.no_quality(edited) for method in arm.plan.methods)))
     facts["notes"] = tuple(note for note in [disagreement(count, formulas), *said] if note)
     return facts, _signatures(arm.model, task.parts(arm.model), count)
 

@@ -134,6 +134,10 @@ class Method:
         """What a reader must know of this arm, e.g. which of several paths was taken; asked after a test step."""
         return []
 
+    def no_quality(self, model: ModelView) -> str:
+        """Why this arm's quality means nothing, so that only its FLOPs and times are shown; empty where it does."""
+        return ""
+
     @classmethod
     def parameters(cls) -> dict[str, Any]:
         """The declared parameters by name, as dataclass fields (`.default`, `.type`, `.metadata`)."""

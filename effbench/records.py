@@ -322,6 +322,7 @@ class Arm(Model):
     agreement: dict[str, Interval] = Field({}, description="with the baseline, as fractions, e.g. of equal top answers")
     losses: dict[str, tuple[Finite, ...]] = Field({}, description="mean training loss per epoch, by seed")
     notes: tuple[Text, ...] = ()
+    no_quality: Text = Field("", description="why its quality means nothing and is not shown; empty where it does")
 
 
 class Record(Model):

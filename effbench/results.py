@@ -62,7 +62,9 @@ def record(
             own = training.get(arm.name)
             seen, parts[arm.name] = examine(experiment, arm, own)
             probed, notes = memory(experiment, arm.plan, own)
-            facts |= seen | probed | _quality(experiment, arm.name, items, own is not None)
+            facts |= seen | probed
+            if not facts["no_quality"]:
+                facts |= _quality(experiment, arm.name, items, own is not None)
             facts["losses"] = {
                 str(seed): tuple(part["arms"][arm.name]["losses"]) for seed, part in trained.items() if own is not None
             }
@@ -194,7 +196,7 @@ def _judged(
 ) -> records.Arm:
     """A method with what it is judged by: its controls at the same budget, and a stack's parts."""
     plan = next(plan for plan in experiment.plans if plan.name == arm.name)
-    if arm.kind != "method" or arm.status != "ok":
+    if arm.kind != "method" or arm.status != "ok" or arm.no_quality:
         return arm
     metric = experiment.task.primary_metric(experiment.prepared, "test")
     working = {other.name for other in arms if other.status == "ok"}

@@ -27,6 +27,7 @@ class PatchPool(Method):
     """
 
     source = "average pooling to a coarser grid: MM1, arXiv 2403.09611, there between tower and language model"
+    goes_before = ("sparse_attention",)
 
     side: int = param(2, "patches along the side of a square", low=1)
     at: int = param(3, "block (0-based) after whose attention the patches are pooled", low=0)

@@ -38,11 +38,9 @@ class Resize(Method):
             )
         tower.resize(self.size)
 
-    def notes(self, model: ModelView) -> list[str]:
+    def no_quality(self, model: ModelView) -> str:
         native = scaling(model.image.module).native
-        if self.size <= native:
-            return []
-        return [f"above the photos' {native} px: upsampled, so only FLOPs and time mean something"]
+        return f"upsampled above the photos' {native} px" if self.size > native else ""
 
     @classmethod
     def ladder(cls, tower: Tower) -> list[Resize]:

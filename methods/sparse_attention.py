@@ -78,6 +78,7 @@ class SparseAttention(Method):
         for place, number in enumerate(range(len(tower)) if self.at is None else sorted(set(self.at))):
             core = SparseCore(self, number, shifted=place % 2 == 1)
             tower.attend(number, core)
+            core.dropout = tower.blocks[number].attn.attn_drop
             if self.pattern != "topk":
                 if core.variant not in layouts:
                     layouts[core.variant] = core.layout_of(tower.prefix, tower.grid).to(device)
@@ -120,6 +121,8 @@ class SparseAttention(Method):
     def notes(self, model: ModelView) -> list[str]:
         tower = model.image
         cores = [block.attn.core for block in tower.blocks if isinstance(block.attn.core, SparseCore)]
+        if not cores:  # it acted while training only
+            return []
         share = attention_share(tower, len(cores))
         ceiling = f"attention is {share:.1%} of the tower's FLOPs: at most {1 / (1 - share):.2f}x"
         return list(dict.fromkeys(core.note for core in cores)) + [f"sparse_attention: {ceiling}"]
@@ -165,7 +168,6 @@ class SparseCore(AttentionCore):
 
     def place(self, attention: Attention, layout: Layout) -> None:
         """Take the place of a block's attention, by the path that is fastest on the layout's device."""
-        self.dropout = attention.attn_drop
         self.heads, self.width = attention.num_heads, attention.proj.in_features
         self.scale, self.dtype = attention.scale, attention.proj.weight.dtype
         self.layout = layout
@@ -180,9 +182,7 @@ class SparseCore(AttentionCore):
             key = (replace(self.method, at=None), layout.grid, layout.prefix, shape, self.dtype, str(device))
             if key not in _CHOICES:
                 paths = dict(reshape=lambda p: gathered(p, layout), masked=lambda p: masked(p, layout.seen))
-                if (
-                    device.type == "cuda"
-                ):  # a CPU takes half a minute to compile flex, which is slower there than reshape
+                if device.type == "cuda":  # on a CPU flex takes half a minute to compile, and is slower than reshape
                     pattern = block_mask(layout.seen)
                     paths["flex"] = lambda p: flex(p, pattern)
                 _CHOICES[key] = fastest(paths, shape, self.scale, self.dtype, device)

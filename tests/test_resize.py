@@ -111,10 +111,10 @@ def test_the_ladder_holds_every_smaller_size(make):
 
 def test_upsampling_is_said():
     model = view(vit())
-    for size, said in ((40, ["above the photos' 32 px: upsampled, so only FLOPs and time mean something"]), (24, [])):
+    for size, said in ((40, "upsampled above the photos' 32 px"), (24, "")):
         method = Resize(size)
         method.edit_model(model)
-        assert method.notes(model) == said
+        assert method.no_quality(model) == said
 
 
 @pytest.mark.parametrize("make", [vit, clip])

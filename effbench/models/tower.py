@@ -114,6 +114,8 @@ class Tower:
             self._refuse(block, core.name, target.attn.core.name, "both replace the attention in")
         for earlier in range(block) if core.needs_grid else ():
             self._refuse_after_reduction(block, core, earlier)
+        if core.needs_grid and target.token_bypass is not None:
+            self._refuse(block, core.name, target.token_bypass.name, f"{core.name} needs the whole grid in")
         target.attn.core = core.train(target.training)
 
     def around(self, block: int, bypass: TokenBypass) -> None:
@@ -126,11 +128,12 @@ class Tower:
         other = target.token_bypass or target.token_edit
         if other is not None:
             self._refuse(block, bypass.name, other.name, "both choose the tokens in")
+        self._refuse_without_grid(block, bypass)
         target.token_bypass = bypass.train(target.training)
         target.register_forward_pre_hook(_refuse_direct_call)
 
-    def _refuse_without_grid(self, block: int, edit: TokenEdit) -> None:
-        """Refuse an edit that breaks up the grid which a method needs in a later block."""
+    def _refuse_without_grid(self, block: int, edit: TokenEdit | TokenBypass) -> None:
+        """Refuse an edit that breaks up the grid which a method needs in a block."""
         target = self.blocks[block]
         for method in (target.attn.core, target.token_edit):
             if method is not None and method.needs_grid:

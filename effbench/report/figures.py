@@ -290,4 +290,5 @@ def place(control: str) -> int:
 
 
 def status(arm: Arm) -> str:
-    return arm.status + (f": {arm.error}" if arm.error else "")
+    why = arm.error or (f"FLOPs and time only, {arm.no_quality}" if arm.no_quality else "")
+    return arm.status + (f": {why}" if why else "")

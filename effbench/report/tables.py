@@ -77,7 +77,8 @@ def quality(rows: list[Row], record: Record) -> str:
         values = [figures.metric(found.get(each), interval=each == primary) for each in names]
         agreement = [figures.share(row.arm.agreement.get(each)) for each in shared]
         claim = figures.no_loss(found.get(primary))
-        return [escape(figures.lossiness(found.get(primary))), claim, *values, *agreement]
+        loss = f"n/a ({row.arm.no_quality})" if row.arm.no_quality else figures.lossiness(found.get(primary))
+        return [escape(loss), claim, *values, *agreement]
 
     return _table(rows, header, cells)
 

@@ -65,92 +65,90 @@ def _image_by_image(p: Projections, layout: Layout) -> Tensor:
     normalised over all blocks.
     """
     batch, heads, tokens, width = p.q.shape
-    first, blocks = layout.prefix, layout.blocks
-    q, k, v = (_rows(x) for x in p[:3])
-    ready = _ready(layout, heads, q.steps, k.steps, v.steps)
+    first, blocks = layout.prefix, heads * layout.blocks
+    tables, steps = zip(*(_rows(x) for x in p[:3]), strict=True)
+    ready = _ready(layout, heads, steps)
+    # one image's copies and scores, written over by the next
+    parts = [p.v.new_empty(len(index), width) for index in ready.rows]
+    q, k, v = (part.view(blocks, -1, width) for part in parts)
+    scores, weights = (p.v.new_empty(blocks, q.shape[1], k.shape[1]) for _ in range(2))
+    y = torch.empty_like(parts[0])
+    by_block, weights_by_block, y_by_block = (
+        x.view(heads, layout.blocks, q.shape[1], -1) for x in (scores, weights, y)
+    )
+    of_prefix, of_patches = by_block[:, :, :first], by_block[:, :, first:]
+    weights_of_prefix = weights_by_block[:, :, :first].transpose(1, 2)
     out = p.v.new_empty(batch, tokens * heads, width)
-    for q_, k_, v_, out_ in zip(q.table.unbind(), k.table.unbind(), v.table.unbind(), out.unbind(), strict=True):
-        q_ = q_.index_select(0, ready.queries).view(heads * blocks, -1, width)
-        k_ = k_.index_select(0, ready.keys).view(heads * blocks, -1, width)
-        v_ = v_.index_select(0, ready.values).view(heads * blocks, -1, width)
-        scores = torch.baddbmm(q_.new_empty(1, 1, 1), q_, k_.transpose(1, 2), beta=0, alpha=p.scale)
-        by_block = scores.view(heads, blocks, *scores.shape[1:])
+    out_prefix = out[:, : first * heads].view(batch, first, heads, width).transpose(1, 2)
+    out_patches = out[:, first * heads :]
+    for i in range(batch):
+        for table, index, part in zip(tables, ready.rows, parts, strict=True):
+            torch.index_select(table[i], 0, index, out=part)
+        scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=p.scale)
         if ready.hidden is not None:
-            by_block[:, :, first:] += ready.hidden
-        weights = scores.softmax(dim=-1)
+            of_patches += ready.hidden
+        torch.softmax(scores, dim=-1, out=weights)
         if first:
-            of_prefix = (by_block[:, :, :first] + ready.once).transpose(1, 2)
-            joint = of_prefix.flatten(2).softmax(dim=-1).view_as(of_prefix)
-            weights.view_as(by_block)[:, :, :first] = joint.transpose(1, 2)
-        y = torch.bmm(weights, v_)
-        torch.index_select(y.view(-1, width), 0, ready.order, out=out_[first * heads :])
-        parts = y.view(heads, blocks, -1, width)[:, :, :first]
-        out_[: first * heads].view(first, heads, width).copy_(parts.sum(dim=1).transpose(0, 1))
+            joint = (of_prefix + ready.once).transpose(1, 2)
+            weights_of_prefix.copy_(joint.flatten(2).softmax(dim=-1).view_as(joint))
+        torch.bmm(weights, v, out=y.view_as(q))
+        torch.index_select(y, 0, ready.order, out=out_patches[i])
+        if first:
+            torch.sum(y_by_block[:, :, :first], dim=1, out=out_prefix[i])
     return out.view(batch, tokens, heads, width).transpose(1, 2)
 
 
-class _Rows(NamedTuple):
+def _rows(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """A tensor (batch, heads, tokens, width) as the rows that lie in its memory.
 
-    Args:
-        table: (batch, rows, width), a view.
-        steps: how many rows on the next token, and the next head, are.
+    Returns:
+        a view (batch, rows, width), and how many rows on the next token, and the next head, are.
     """
-
-    table: Tensor
-    steps: tuple[int, int]
-
-
-def _rows(x: Tensor) -> _Rows:
     batch, heads, tokens, width = x.shape
     if x.stride(3) != 1 or x.stride(1) % width or x.stride(2) % width:
         x = x.contiguous()
     head, token = x.stride(1) // width, x.stride(2) // width
     rows = (heads - 1) * head + (tokens - 1) * token + 1
-    return _Rows(x.as_strided((batch, rows, width), (x.stride(0), width, 1)), (token, head))
+    return x.as_strided((batch, rows, width), (x.stride(0), width, 1)), (token, head)
 
 
 class _Ready(NamedTuple):
     """What `_image_by_image` needs of a layout, made once for the way that q, k and v lie in memory.
 
     Args:
-        queries, keys, values: rows of each, in the order (head, block, token); every block's queries begin with the
-            prefix's.
+        rows: of q, k and v, in the order (head, block, token); every block's queries begin with the prefix's.
         order: for each patch and head, its row among the results.
         once: (blocks, 1, keys), -inf for a key that an earlier block has too.
         hidden: (blocks, block size, keys), -inf for the pairs that the mask hides; None without a mask.
     """
 
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
+    rows: tuple[Tensor, Tensor, Tensor]
     order: Tensor
     once: Tensor
     hidden: Tensor | None
 
 
-def _ready(layout: Layout, heads: int, *steps: tuple[int, int]) -> _Ready:
-    if (heads, steps) in layout.ready:
-        return layout.ready[heads, steps]
-    with torch.inference_mode(False):
-        blocks, first = layout.blocks, layout.prefix
-        head = torch.arange(heads)[:, None]
-        queries, keys = layout.queries.view(blocks, -1), layout.keys.view(blocks, -1)
-        queries = torch.cat([torch.arange(first).expand(blocks, first), queries], dim=1)
-        parts = [
-            (tokens.flatten() * token + head * step).flatten()
-            for tokens, (token, step) in zip((queries, keys, keys), steps, strict=True)
-        ]
-        per_block = queries.shape[1]
-        block, place = layout.order // (per_block - first), layout.order % (per_block - first) + first
-        order = (block + head * blocks) * per_block + place
-        key, where = layout.keys.sort(stable=True)
-        again = F.pad(key[1:] == key[:-1], (1, 0))
-        once = torch.zeros(key.shape).masked_fill(torch.zeros_like(again).scatter(0, where, again), float("-inf"))
-        hidden = (
-            None
-            if layout.mask is None
-            else torch.zeros(layout.mask.shape).masked_fill(~layout.mask, float("-inf")).squeeze(1)
-        )
-        layout.ready[heads, steps] = _Ready(*parts, order.t().flatten(), once.view(blocks, 1, -1), hidden)
+def _ready(layout: Layout, heads: int, steps: tuple[tuple[int, int], ...]) -> _Ready:
+    if (heads, steps) not in layout.ready:
+        with torch.inference_mode(False):
+            layout.ready[heads, steps] = _made_ready(layout, heads, steps)
     return layout.ready[heads, steps]
+
+
+def _made_ready(layout: Layout, heads: int, steps: tuple[tuple[int, int], ...]) -> _Ready:
+    blocks, first, head = layout.blocks, layout.prefix, torch.arange(heads)[:, None]
+    queries = layout.queries.view(blocks, -1)
+    queries = torch.cat([torch.arange(first).expand(blocks, first), queries], dim=1)
+    tokens = (queries.flatten(), layout.keys, layout.keys)
+    rows = tuple((index * token + head * step).flatten() for index, (token, step) in zip(tokens, steps, strict=True))
+    per_block = queries.shape[1]
+    block, place = layout.order // (per_block - first), layout.order % (per_block - first) + first
+    order = ((block + head * blocks) * per_block + place).t().flatten()
+    key, where = layout.keys.sort(stable=True)
+    again = torch.zeros(len(key), dtype=torch.bool).scatter(0, where, F.pad(key[1:] == key[:-1], (1, 0)))
+    hidden = None if layout.mask is None else _minus_infinity(~layout.mask).squeeze(1)
+    return _Ready(rows, order, _minus_infinity(again).view(blocks, 1, -1), hidden)
+
+
+def _minus_infinity(where: Tensor) -> Tensor:
+    return torch.zeros(where.shape).masked_fill(where, float("-inf"))
