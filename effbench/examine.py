@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from effbench import records
+from effbench.arms import CONTROLS
 from effbench.errors import EffbenchError
 from effbench.measure.analytic import analytic_of, disagreement
 from effbench.measure.flops import FlopCount, flops_of
@@ -182,9 +183,12 @@ def tokens_per_layer(model: nn.Module, forward: Callable[[], object]) -> tuple[i
 
 
 def memory(experiment: Experiment, plan: ArmPlan, training: Arm | None) -> tuple[dict[str, Any], list[str]]:
-    """Memory of a test step and, where the arm trains, of a training step; and why one was not measured."""
+    """Memory of a test step and, where the arm trains, of a training step; and why one was not measured.
+
+    Not of arms that only judge others by their quality.
+    """
     protocol, facts, notes = experiment.protocol, {}, []
-    if not experiment.memory_runs:
+    if not experiment.memory_runs or plan.control in CONTROLS:
         return facts, notes
     rows = np.arange(min(protocol.timing_batch, experiment.sizes["test"]))
     batch = experiment.task.batch(experiment.prepared, "test", rows, np.random.default_rng(0))

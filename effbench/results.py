@@ -208,7 +208,7 @@ def _judged(
     found = {control: [canonical(stack) for stack in stacks] for control, stacks in judges(plan.methods).items()}
     parts = found.pop("part", [])
     controls = {control: [name for name in names if name != arm.name] for control, names in found.items()}
-    if saves(experiment.image_work, arm.name):
+    if saves(experiment.image_work, arm.name) and not is_rung(plan):
         ladder = [other.name for other in experiment.plans if is_rung(other) and other.phase == arm.phase]
         controls["resize"] = [name for name in ("baseline", *ladder) if name in experiment.image_work]
     losses = {other.name: other.metrics[metric.name].lossiness for other in arms if metric.name in other.metrics}

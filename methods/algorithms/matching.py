@@ -42,13 +42,14 @@ def bipartite(metric: Tensor, r: int, prefix: int) -> Matching:
     """
     batch, tokens, _ = metric.shape
     x = F.normalize(metric[:, prefix:], dim=-1)
-    similarity, partner = (x[:, 1::2] @ x[:, ::2].transpose(1, 2)).max(dim=-1)
-    order = similarity.argsort(dim=-1, descending=True)
+    similarity = x[:, 1::2] @ x[:, ::2].transpose(1, 2)
+    order = similarity.amax(dim=-1).argsort(dim=-1, descending=True)
     merged, stay = order[:, :r], order[:, r:].sort(dim=-1).values
+    partner = picked(merged)(similarity).argmax(dim=-1)  # of those alone: an argmax costs several times an amax
     place = torch.arange(tokens, device=metric.device).expand(batch, tokens)
     keep = torch.cat([place[:, :prefix], prefix + 1 + 2 * stay, place[:, prefix::2]], dim=1)
     first = prefix + stay.shape[1]
-    return Matching(keep, prefix + 1 + 2 * merged, first + partner.gather(1, merged), first)
+    return Matching(keep, prefix + 1 + 2 * merged, first + partner, first)
 
 
 def by_energy(metric: Tensor, r: int, prefix: int, margin: float) -> Matching:
@@ -85,9 +86,9 @@ def merge(matching: Matching, sizes: Tensor, preserve_norm: bool = False) -> Red
     """
     keep, source, target, first = matching
     stay, leave = picked(keep), picked(source)
-    after = stay(sizes).scatter_add(1, target, leave(sizes))
-    own = (stay(sizes) / after)[:, first:, None]
-    others = (leave(sizes) / after.gather(1, target)).unsqueeze(-1)
+    before, joining_sizes = stay(sizes), leave(sizes)
+    after = before.scatter_add(1, target, joining_sizes)
+    share = (joining_sizes / after.gather(1, target)).unsqueeze(-1)
 
     def reduce(field: Tensor, kind: str) -> Tensor:
         if field is sizes:
@@ -97,14 +98,14 @@ def merge(matching: Matching, sizes: Tensor, preserve_norm: bool = False) -> Red
             return kept.scatter_add(1, target, leave(field))
         if kind == "label":
             return kept.scatter(1, _like(target, kept), -1)
-        joining = leave(field)
-        weighted = joining * others.to(field.dtype)
-        if not preserve_norm:  # in place: one pass less over the tokens
-            kept[:, first:] *= own.to(field.dtype)  # only there are targets; one that takes nobody in is times 1
-            return kept.scatter_add_(1, _like(target, kept), weighted)
-        tail = kept[:, first:]
+        joining, place = leave(field), _like(target, kept)
+        # the mean is x + sum of share (y - x) over all y that x takes in: only those rows are touched
+        if not preserve_norm:
+            add = kept.scatter_add if torch.is_grad_enabled() else kept.scatter_add_
+            return add(1, place, (joining - kept.gather(1, place)) * share.to(field.dtype))
+        tail, place = kept[:, first:], _like(target - first, kept)
         norms = tail.norm(dim=-1).scatter_reduce(1, target - first, joining.norm(dim=-1), "amax")
-        mean = (tail * own.to(field.dtype)).scatter_add(1, _like(target - first, kept), weighted)
+        mean = tail.scatter_add(1, place, (joining - tail.gather(1, place)) * share.to(field.dtype))
         scale = norms / mean.norm(dim=-1).clamp_min(1e-6)
         return torch.cat([kept[:, :first], mean * scale.unsqueeze(-1)], dim=1)
 
