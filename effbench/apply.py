@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="nn.Module")
 
 
-def apply(model: M, spec: str | tuple[Method, ...]) -> M:
+def apply(model: M, spec: str | Method | tuple[Method, ...]) -> M:
     """Edit a timm or OpenCLIP model in place, by a stack of training-free methods.
 
     Args:
@@ -31,10 +31,14 @@ def apply(model: M, spec: str | tuple[Method, ...]) -> M:
         >>> model = effbench.apply(timm.create_model("deit_tiny_patch16_224", pretrained=True), "token_prune:keep=0.5")
     """
     from effbench.errors import UsageError
+    from effbench.method import Method
     from effbench.models.tower import view
     from effbench.spec import canonical, check_stack, parse
 
-    methods = parse(spec) if isinstance(spec, str) else tuple(spec)
+    methods = (spec,) if isinstance(spec, Method) else parse(spec) if isinstance(spec, str) else tuple(spec)
+    for method in methods:
+        if not isinstance(method, Method):
+            raise UsageError(f"{method!r} is not a method with its parameters", "pass a spec, or MyMethod(keep=0.5)")
     check_stack(methods)
     for method in methods:
         if method.phase != "test":

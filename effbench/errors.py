@@ -14,6 +14,8 @@ class EffbenchError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+        if hint:
+            self.add_note(f"next: {hint}")  # where Python shows a traceback; the command line shows the hint itself
 
 
 class InvalidError(EffbenchError):

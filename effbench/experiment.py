@@ -115,7 +115,8 @@ class Experiment:
         for plan in self.plans:
             if plan.phase != "test" and not self.trains:
                 raise UsageError(
-                    f"{plan.name} acts while training, but nothing is trained", "use --train locked or full"
+                    f"{plan.name} acts while training, but nothing is trained",
+                    "use --train full, or --train locked for what trains beside a frozen tower",
                 )
             randomness.seed_all(0)
             if plan.kind == "baseline" or plan.during("train", "both"):

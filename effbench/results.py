@@ -196,9 +196,9 @@ def _judged(
 ) -> records.Arm:
     """A method with what it is judged by: its controls at the same budget, and a stack's parts."""
     plan = next(plan for plan in experiment.plans if plan.name == arm.name)
+    metric = experiment.task.primary_metric(experiment.prepared, "test")
     if arm.kind != "method" or arm.status != "ok" or arm.no_quality:
         return arm
-    metric = experiment.task.primary_metric(experiment.prepared, "test")
     working = {other.name for other in arms if other.status == "ok"}
     scores = {
         name: [items_of(part["items"][name][metric.items]) for part in items.values()]
@@ -214,7 +214,8 @@ def _judged(
     losses = {other.name: other.metrics[metric.name].lossiness for other in arms if metric.name in other.metrics}
     trained = arm.phase != "test"
     facts: dict[str, Any] = {}
-    facts["versus"] = versus.against(metric, arm.name, controls, scores, experiment.image_work, trained)
+    if losses[arm.name] is not None:  # where the baseline is at chance nothing beats anything
+        facts["versus"] = versus.against(metric, arm.name, controls, scores, experiment.image_work, trained)
     if parts and experiment.batches:
         facts["interaction"] = interaction(rows, arm.name, parts, experiment.batches[0], metric, scores, losses)
     return arm.model_copy(update=facts)

@@ -69,7 +69,7 @@ The method `$name` for effbench.
     effbench run --method $name --task scenes
 
 The method is `effbench_$name/$name.py`. What a method may do is told by effbench's `effbench/method.py`, and what it
-sees of a model by `effbench/models/tower.py`.
+sees of a model by `effbench/models/tower.py` and `effbench/models/token_state.py`.
 """,
     "effbench_$name/__init__.py": '"""Methods for effbench: each file is one, named as the file."""\n',
     "effbench_$name/$name.py": '''\
@@ -91,6 +91,7 @@ class $title(Method):
     """Keep every n-th patch token after the attention of one block. Put your own method here."""
 
     source = "where the algorithm is published"
+    claims = ("tokens",)
 
     every: int = param(2, "one patch token in so many stays", low=1)
     after: int = param(1, "block (0-based) after whose attention tokens are dropped", low=0)
@@ -100,9 +101,14 @@ class $title(Method):
             raise UsageError("$name needs an image tower of transformer blocks", "use a ViT backbone")
         model.image.after_attention(self.after, KeepEvery(self.every))
 
+    # a method that chooses tokens by a score also says what a blind choice of as many is, so that runs compare them:
+    # def controls(self) -> dict[str, Method]: return {"random": replace(self, score="random")}
+
 
 class KeepEvery(TokenEdit):
     """Stands between attention and MLP; class and register tokens (the first `prefix`) stay."""
+
+    name = "$name"
 
     def __init__(self, every: int) -> None:
         super().__init__()

@@ -104,6 +104,9 @@ def run(
     started = time.monotonic()
     if added := {"baseline", "noop", "identity"} & set(methods):
         raise UsageError(f"{added.pop()} is an arm of every run", "leave it out")
+    if wrong := [spec for spec in methods if not isinstance(spec, str)]:
+        hint = "register it (effbench new method NAME) and name it; effbench.apply takes methods as objects"
+        raise UsageError(f"{wrong[0]!r} is not a spec such as 'token_prune:keep=0.5'", hint)
     stacks = [parse(spec) for spec in methods]
     sweep = _sizes(batch_sweep)
     judges = [name for name in controls.split("/") if name] if isinstance(controls, str) else list(controls)

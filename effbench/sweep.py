@@ -178,6 +178,9 @@ def run(
         raise UsageError("a sweep runs in one process", "start it without torchrun, or single runs with it")
     live = live or Live()
     planned = plan(Path(path), sweep, live)
+    if not any(each.specs for each in planned):
+        spec, reason = next(iter(planned[0].left_out.items()))
+        raise UsageError(f"{path}: no method fits any backbone; {spec}: {reason}", "change the file's methods")
     outcomes: list[Outcome] = []
     for number, each in enumerate(planned, 1):
         title = f"experiment {number} of {len(planned)}: {each}"
@@ -194,7 +197,7 @@ def run(
         try:
             record = _record(each, out=out, fresh=fresh, dry_run=dry_run, live=live)
         except KeyboardInterrupt:
-            live.warn(f"stopped in experiment {number} of {len(planned)}; those before it are kept")
+            live.warn(f"stopped in experiment {number} of {len(planned)}")
             raise
         except Exception as error:
             cause = error if isinstance(error, OSError) else error.__cause__

@@ -119,7 +119,7 @@ class Sweep(_Strict):
     backbones: list[Annotated[BackboneEntry, BeforeValidator(_named)]] = Field(min_length=1)
     methods: Methods = Field(min_length=1)
     seeds: int = Field(1, ge=1)
-    controls: list[Literal[CONTROLS]] | None = None
+    controls: Annotated[list[Literal[CONTROLS]] | None, BeforeValidator(lambda x: [] if x == "none" else x)] = None
     arms_per_run: int | None = Field(None, ge=1)
     options: Options = Options()
 
@@ -152,13 +152,17 @@ def read(path: Path) -> Sweep:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UsageError(f"{path}{where} is not YAML: {problem}", help) from None
+        raise UsageError(f"{path}{where} cannot be read as YAML: {problem}", help) from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no sweep, which is a mapping of {', '.join(Sweep.model_fields)}", help)
     try:
         sweep = Sweep.model_validate(content)
     except ValidationError as error:
         raise UsageError(*_explained(path, error)) from None
+    for entries, key in ((sweep.tasks, "tasks"), (sweep.backbones, "backbones")):
+        for i, entry in enumerate(entries):
+            if entry in entries[:i]:
+                raise UsageError(f"{path}: {key}[{i}]: {entry.name} stands twice", "name it once")
     for entries, key, registry in ((sweep.tasks, "tasks", tasks), (sweep.backbones, "backbones", backbones)):
         for i, entry in enumerate(entries):
             family = entry.name.partition(":")[0]
@@ -171,15 +175,24 @@ def read(path: Path) -> Sweep:
     return sweep
 
 
+SAID = {
+    "too_short": "at least one is needed",
+    "list_type": "a list is needed, e.g. [a, b]",
+    "model_type": "a mapping is needed, or a name where there is one",
+    "missing": "this key is needed",
+}
+
+
 def _explained(path: Path, error: ValidationError) -> tuple[str, str]:
     """Message and hint for the first thing that is wrong with a file."""
-    first = error.errors()[0]
+    # a misspelt key is also a missing one: the former says what to do
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     if first["type"] == "extra_forbidden":
         within = next((part for part in reversed(first["loc"][:-1]) if isinstance(part, str)), "")
         model = dict(tasks=TaskEntry, backbones=BackboneEntry, options=Options).get(within, Sweep)
         known = list(model.model_fields)
         return f"{path}: {where}: unknown key{did_you_mean(str(first['loc'][-1]), known)}", f"keys: {', '.join(known)}"
-    message = first["msg"].removeprefix("Value error, ")
+    message = SAID.get(first["type"], first["msg"].removeprefix("Value error, "))
     given = "" if first["type"] == "missing" else f" {first['input']!r}"[:80]
     return f"{path}: {where}{given}: {message[0].lower()}{message[1:]}", "effbench sweep --help"

@@ -124,7 +124,7 @@ class SparseAttention(Method):
         if not cores:  # it acted while training only
             return []
         share = attention_share(tower, len(cores))
-        ceiling = f"attention is {share:.1%} of the tower's FLOPs: at most {1 / (1 - share):.2f}x"
+        ceiling = f"attention is {share:.1%} of the tower's FLOPs, so its ceiling is {1 / (1 - share):.2f}x"
         return list(dict.fromkeys(core.note for core in cores)) + [f"sparse_attention: {ceiling}"]
 
 

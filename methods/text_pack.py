@@ -82,6 +82,8 @@ class Layout(TextLayout):
     @torch.compiler.disable
     def forward(self, ends: Tensor, context: int) -> tuple[list[TextRows], Tensor | None]:
         self.lengths, self.context = (ends + 1).tolist(), context
+        if not self.lengths:
+            return [one_text_per_row(ends, context, context)], None
         lengths = np.array(self.lengths)
         if self.method.how == "trim":
             return [one_text_per_row(ends, max(self.lengths), context)], None

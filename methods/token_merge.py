@@ -49,6 +49,10 @@ class TokenMerge(Method):
         if isinstance(self.r, int):
             object.__setattr__(self, "r", (self.r,))
         super().__post_init__()
+        if not self.r:
+            raise UsageError("token_merge: r= names no number", "e.g. r=13, or one number for each block")
+        if self.ratio is not None and self.r != (13,):
+            raise UsageError("token_merge: ratio stands in place of r", "give one of them")
         if self.schedule == "decreasing" and (len(self.r) > 1 or self.ratio is not None):
             raise UsageError(
                 "token_merge: schedule=decreasing is a schedule of one number r", "give a single r and no ratio"

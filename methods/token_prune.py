@@ -47,7 +47,8 @@ class TokenPrune(Method):
     carry a straight-through sigmoid gate, so that it trains.
 
     ats samples tokens by class attention x norm of the value, at most ceil(keep x patch tokens); each image keeps its
-    own number, and a batch is padded to its longest. That number depends on the data, which breaks a compiled graph.
+    own number, and a batch is padded to its longest. A token drawn twice stays once, so that keep=1 drops some too. The
+    number depends on the data, which breaks a compiled graph.
 
     dynamic is DynamicViT: predictors trained by Gumbel masks (no token leaves in training) and its ratio loss. They
     stand between attention and MLP, half a block later than published; a masked token does not attend to itself, which

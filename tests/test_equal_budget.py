@@ -78,9 +78,9 @@ def page_line(text, start):
 
 def test_the_page_says_first_who_beats_the_controls_and_who_does_not():
     text = leaderboard.render([judged()], [])
-    assert "- **Beat random at equal tokens (2 of 3):** merge+pack, merge. **Do not:** adaptive." in text
+    assert "- **Beat random at equal tokens (2 of 3):** merge+pack, merge. **No difference shown:** adaptive." in text
     assert (
-        "- **Beat resize at equal FLOPs (2 of 3):** merge+pack, window. **Do not:** merge (worse). "
+        "- **Beat resize at equal FLOPs (2 of 3):** merge+pack, window. **Worse:** merge. "
         "**No resize at equal FLOPs:** adaptive." in text
     )
 

@@ -122,6 +122,13 @@ def test_compiled_with_its_graph_break_it_is_the_same():
             assert (compiled(ids(lengths)) - model(ids(lengths))).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("how", ["trim", "bucket", "pack"])
+def test_no_text_is_no_error(how):
+    model = effbench.apply(clip(), f"text_pack:how={how}")
+    with torch.no_grad():
+        assert encode(model, ids()[:0]).shape == (0, 16)
+
+
 def test_clip_takes_short_texts():
     model = clip()
     with torch.no_grad():

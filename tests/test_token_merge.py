@@ -235,6 +235,8 @@ def test_the_metric_is_the_mean_key(tokens):
     [
         ("token_merge:r=9", "more than half of the 16 patch tokens", "0 to 8"),
         ("token_merge:r=-1", "r=-1 is not valid", ""),
+        ("token_merge:r=", "names no number", "r=13"),
+        ("token_merge:r=4,ratio=0.9", "ratio stands in place of r", ""),
         ("token_merge:r=1/2", "2 values of r for the 4 blocks", "one number or 4"),
         ("token_merge:ratio=0.3", "ratio=0.3 is not valid", ""),
         ("token_merge:variant=best", "variant=best is not valid", ""),

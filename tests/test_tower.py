@@ -136,7 +136,7 @@ def test_sizes_weigh_keys_like_repeated_tokens():
 def test_what_cannot_be_edited_is_refused_by_name():
     with pytest.raises(UsageError, match="ParallelScalingBlock"):
         view(vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock))
-    with pytest.raises(UsageError, match="Linear has no transformer tower"):
+    with pytest.raises(UsageError, match="Linear is no transformer tower"):
         view(nn.Linear(2, 2))
     tower = view(vit()).image
     with pytest.raises(UsageError, match="block 4 does not exist: .* 0 to 3"):

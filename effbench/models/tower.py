@@ -149,14 +149,16 @@ class Tower:
         if not 0 <= index < len(self):
             raise UsageError(
                 f"block {index} does not exist: {self.name} has blocks 0 to {len(self) - 1}",
-                "choose other blocks with at=, e.g. at=" + "/".join(str(len(self) * q // 4) for q in (1, 2, 3)),
+                "choose other blocks, e.g. at=" + "/".join(str(len(self) * q // 4) for q in (1, 2, 3)),
             )
         return self.blocks[index]
 
     def _refuse(self, block: int, method: str, other: str, why: str) -> None:
+        if method == other != TokenEdit.name:
+            raise UsageError(f"{method} acts in block {block} already", "apply it once, to a model without it")
         raise UsageError(
             f"{other} and {method} conflict: {why} block {block}",
-            f"give them different blocks with at=, or compare them as two arms: --method {other} --method {method}",
+            f"give them different blocks, e.g. with at=, or compare {other} and {method} as two arms",
         )
 
 
@@ -249,7 +251,7 @@ def view(model: nn.Module) -> ModelView:
     text = wrap_text(text_module) if text_module is not None else None
     if image is None and text is None:
         raise UsageError(
-            f"{type(model).__module__}.{type(model).__name__} has no transformer tower that effbench can edit",
+            f"{type(model).__module__}.{type(model).__name__} is no transformer tower that effbench can edit",
             "supported: timm VisionTransformer, OpenCLIP models with ViT towers",
         )
     return ModelView(model, image, text)

@@ -64,21 +64,22 @@ def section(rows: list[Row]) -> str:
 
 
 def _answer(rows: list[Row], control: str) -> str:
-    """`- Beat random at equal tokens (2 of 4): a, b. Do not: c (worse), d.`"""
-    beat, others, unequal = [], [], []
+    """`- At equal tokens 1 of 4 beats random: a. No difference shown: b, c. Worse: d.`"""
+    groups: dict[str, list[str]] = {"BETTER": [], "NO DIFFERENCE SHOWN": [], "WORSE": [], "unequal": []}
     for row in rows:
         found = [each for each in row.arm.versus if each.control == control]
         verdicts = {each.verdict for each in found}
-        text = escape(figures.label(row.arm))
         if any(excess(each, row.arm, row.record) is not None for each in found):
-            unequal.append(text)
-        elif verdicts == {"BETTER"}:
-            beat.append(text)
-        elif verdicts:
-            others.append(f"{text} (worse)" if "WORSE" in verdicts else text)
-    parts = [(f"Beat {control} {ANSWERED[control]} ({len(beat)} of {len(beat + others)})", beat), ("Do not", others)]
-    parts += [(f"No {control} {ANSWERED[control]}", unequal)] if unequal else []
-    return "- " + " ".join(f"**{title}:** {', '.join(names) or 'none'}." for title, names in parts)
+            verdicts = {"unequal"}
+        if verdicts:
+            group = verdicts.pop() if len(verdicts) == 1 else "NO DIFFERENCE SHOWN"
+            groups[group].append(escape(figures.label(row.arm)))
+    beat, unsure, worse, unequal = groups.values()
+    parts = [(f"Beat {control} {ANSWERED[control]} ({len(beat)} of {len(beat + unsure + worse)})", beat)]
+    parts += [("No difference shown", unsure), ("Worse", worse), (f"No {control} {ANSWERED[control]}", unequal)]
+    return "- " + " ".join(
+        f"**{title}:** {', '.join(names) or 'none'}." for title, names in parts if names or title[:4] == "Beat"
+    )
 
 
 def _table(rows: list[Row], controls: list[str]) -> str:

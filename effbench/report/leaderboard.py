@@ -225,7 +225,7 @@ def _measured(rows: list[Row], total: int) -> str:
     parts = [
         f"**Measured in** {_plural(total, 'run')}" + (f", {len(shown)} of them shown" if len(shown) < total else "")
     ]
-    sources = dict.fromkeys(row.arm.source for row in rows if row.arm.source)
+    sources = dict.fromkeys(part for row in rows for part in row.arm.source.split("; ") if part)
     if sources:
         parts.append("Sources: " + "; ".join(escape(text) for text in sources))
     for record in shown.values():

@@ -7,6 +7,7 @@ Written by `effbench leaderboard` from the records in [records](records); do not
 
 - Every table is one *envelope*: the same task, data, weights, protocol and device. Rows of two tables are never ranked
   together.
+- Where rows come from several runs, "run" says from which: compare ratios across runs, never seconds.
 - Order: the baseline, then the methods by test speed-up, then the controls; where these are many, most are folded up.
 - Controls: `noop` is a second, untouched baseline, `identity` the baseline on effbench's own attention. `random`,
   `grid` and `norm` keep as many tokens as a method, chosen blindly. `resize` spends the FLOPs of a method's
@@ -17,6 +18,7 @@ Written by `effbench leaderboard` from the records in [records](records); do not
   speed-up inside the band of `noop`, a second untouched baseline, is noise.
 - FLOPs promise: FLOPs of the baseline / FLOPs of the arm, its own scoring and matching included. Realised: measured
   speed-up / promise.
+- Amdahl ceiling: the speed-up if the towers that the arm changes took no time.
 - GFLOPs: per image-caption pair at test time, 1 MAC = 2 FLOPs; `+` is the method's own scoring, `≥` a lower bound.
   Useful: what masks leave of them. Low-bit: bit operations, not within GFLOPs. Analytic: the same by the layers'
   formulas; `≠` where it is off by more than 1 %. Of single images: where token counts depend on the image, mean and

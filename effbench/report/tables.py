@@ -36,7 +36,11 @@ def _table(rows: list[Row], header: list[str], cells: Callable[[Row], list[str]]
     if not used:
         return ""
     lines = [[name(row), *(cell[i] for i in used)] for row, cell in zip(rows, body, strict=True)]
-    return table(["arm", *(header[i] for i in used)], lines)
+    names = ["arm", *(header[i] for i in used)]
+    if len({row.record.id for row in rows}) > 1:  # of two runs only ratios compare, not seconds
+        names.append("run")
+        lines = [[*line, escape(row.record.id[:15])] for line, row in zip(lines, rows, strict=True)]
+    return table(names, lines)
 
 
 def cost(rows: list[Row]) -> str:
