@@ -136,7 +136,7 @@ class Attention(nn.Module):
                 is_causal=is_causal,
                 scale=self.scale,
             )
-        y = self.norm(y.transpose(1, 2).reshape(batch, tokens, -1))
+        y = self.norm(y.transpose(1, 2).flatten(2))
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
         y = self.proj_drop(self.proj(y))
