@@ -18,12 +18,12 @@ from effbench.measure.clock import Clock
 from effbench.measure.environment import load_per_core
 from effbench.models.attention import Projections
 from effbench.stats import speedup
+from effbench.timing import WARMUP
 from effbench_methods.algorithms.attention_gather import gathered
 from effbench_methods.algorithms.attention_paths import masked
 from effbench_methods.algorithms.attention_patterns import Layout, block_sparse, sliding, windows
 
 BATCH, HEADS, WIDTH, PREFIX = 16, 12, 64, 1
-WARMUP = 3
 CASES = {  # side of the grid: pattern by name
     14: {
         "window 7": windows((14, 14), 7, False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -41,14 +42,10 @@ def image_work(
     batch["image"] = torch.randn(1, 3, protocol.image_size, protocol.image_size)
     inputs: list[Any] = []
     handle = part.register_forward_pre_hook(lambda _, given: inputs.append(given))
-    try:
-        with torch.no_grad():
-            task.predict(model, batch)
-            handle.remove()
-            count = flops_of(lambda: part(*inputs[0]), part)
-    finally:
+    with torch.no_grad():
+        task.predict(model, batch)
         handle.remove()
-    return count.dense_flops + count.overhead_flops + 2 * count.low_bit_macs, model
+        return flops_of(lambda: part(*inputs[0]), part).work, model
 
 
 def resize_arms(
@@ -68,25 +65,23 @@ def resize_arms(
     found = {plans[0].name: dense}
     ladder = _ladder(model) if dense else []
     arms: dict[str, ArmPlan] = {}
+
+    def known(plan: ArmPlan) -> int:
+        if plan.name not in found:
+            found[plan.name], _ = work(plan)
+        return found[plan.name]
+
     for plan in plans if ladder else ():
         if plan.kind != "method" or is_rung(plan):
             continue
-        found[plan.name], _ = work(plan)
+        wanted = known(plan)
         if not saves(found, plan.name):
             continue
         rungs = [_arm(method, plan.phase) for method in ladder]
-        low, high = -1, len(rungs)  # the rungs on both sides, by bisection: FLOPs grow with the size
-        while high - low > 1:
-            middle = (low + high) // 2
-            rung = rungs[middle]
-            if rung.name not in found:
-                found[rung.name], _ = work(rung)
-            low, high = (middle, high) if found[rung.name] <= found[plan.name] else (low, middle)
-        for rung in rungs[max(low, 0) : high + 1]:
-            if rung.name not in found:
-                found[rung.name], _ = work(rung)
-            known = arms.get(rung.name, rung)
-            arms[rung.name] = replace(known, controls_for=(*known.controls_for, plan.name))
+        above = bisect_right(rungs, wanted, key=known)  # FLOPs grow with the size
+        for rung in rungs[max(above - 1, 0) : above + 1]:
+            arm = arms.get(rung.name, rung)
+            arms[rung.name] = replace(arm, controls_for=(*arm.controls_for, plan.name))
     return list(arms.values()), found
 
 

@@ -43,9 +43,7 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
     task = experiment.task
     claims = {claim for method in arm.plan.methods for claim in method.claims}
     pairs = min(experiment.protocol.timing_batch, experiment.sizes["test"]) if "per batch" in claims else 1
-    batch = experiment.setting.to_device(
-        task.batch(experiment.prepared, "test", np.arange(pairs), np.random.default_rng(0))
-    )
+    batch = _test_batch(experiment, np.arange(pairs))
 
     def step() -> None:
         task.predict(arm.model, batch)
@@ -78,13 +76,18 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
     return facts, _signatures(arm.model, task.parts(arm.model), count)
 
 
+def _test_batch(experiment: Experiment, rows: np.ndarray) -> Batch:
+    """Test images with one caption each, on the device."""
+    batch = experiment.task.batch(experiment.prepared, "test", rows, np.random.default_rng(0))
+    return experiment.setting.to_device(batch)
+
+
 def _image_by_image(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     """FLOPs of an arm whose token counts depend on the image: one by one, and padded in a batch as it is timed."""
     task = experiment.task
 
     def count(rows: np.ndarray) -> FlopCount:
-        batch = task.batch(experiment.prepared, "test", rows, np.random.default_rng(0))
-        batch = experiment.setting.to_device(batch)
+        batch = _test_batch(experiment, rows)
         with torch.no_grad():
             return flops_of(lambda: task.predict(arm.model, batch), arm.model)
 

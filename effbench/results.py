@@ -80,7 +80,7 @@ def record(
         found.append(records.Arm(**facts))
         live.advance(place + 1)
     found = [_method_effect(arm, found, rows, experiment.batches) for arm in found]
-    found = [_judged(experiment, arm, found, rows, items) for arm in found]
+    found = _judged(experiment, found, rows, items)
     created = datetime.now(UTC)
     seconds = setting.seconds
     outside = seconds["loop"] - seconds["data"] - seconds["compute"] - seconds["other"]
@@ -188,37 +188,36 @@ def _method_effect(arm: records.Arm, arms: list[records.Arm], rows: pd.DataFrame
 
 
 def _judged(
-    experiment: Experiment,
-    arm: records.Arm,
-    arms: list[records.Arm],
-    rows: pd.DataFrame,
-    items: dict[int, Partial],
-) -> records.Arm:
-    """A method with what it is judged by: its controls at the same budget, and a stack's parts."""
-    plan = next(plan for plan in experiment.plans if plan.name == arm.name)
+    experiment: Experiment, arms: list[records.Arm], rows: pd.DataFrame, items: dict[int, Partial]
+) -> list[records.Arm]:
+    """The arms, the methods with what they are judged by: controls at the same budget, and a stack's parts."""
     metric = experiment.task.primary_metric(experiment.prepared, "test")
-    if arm.kind != "method" or arm.status != "ok" or arm.no_quality:
-        return arm
-    working = {other.name for other in arms if other.status == "ok"}
     scores = {
-        name: [items_of(part["items"][name][metric.items]) for part in items.values()]
-        for name in working
-        if all(name in part["items"] for part in items.values())
+        arm.name: [items_of(part["items"][arm.name][metric.items]) for part in items.values()]
+        for arm in arms
+        if arm.status == "ok" and all(arm.name in part["items"] for part in items.values())
     }
-    found = {control: [canonical(stack) for stack in stacks] for control, stacks in judges(plan.methods).items()}
-    parts = found.pop("part", [])
-    controls = {control: [name for name in names if name != arm.name] for control, names in found.items()}
-    if saves(experiment.image_work, arm.name) and not is_rung(plan):
-        ladder = [other.name for other in experiment.plans if is_rung(other) and other.phase == arm.phase]
-        controls["resize"] = [name for name in ("baseline", *ladder) if name in experiment.image_work]
-    losses = {other.name: other.metrics[metric.name].lossiness for other in arms if metric.name in other.metrics}
-    trained = arm.phase != "test"
-    facts: dict[str, Any] = {}
-    if losses[arm.name] is not None:  # where the baseline is at chance nothing beats anything
-        facts["versus"] = versus.against(metric, arm.name, controls, scores, experiment.image_work, trained)
-    if parts and experiment.batches:
-        facts["interaction"] = interaction(rows, arm.name, parts, experiment.batches[0], metric, scores, losses)
-    return arm.model_copy(update=facts)
+    losses = {arm.name: arm.metrics[metric.name].lossiness for arm in arms if metric.name in arm.metrics}
+    plans = {plan.name: plan for plan in experiment.plans}
+    rungs = [plan for plan in experiment.plans if is_rung(plan) and plan.name in experiment.image_work]
+
+    def judged(arm: records.Arm) -> records.Arm:
+        if arm.kind != "method" or arm.status != "ok" or arm.no_quality:
+            return arm
+        plan, facts = plans[arm.name], {}
+        found = {control: [canonical(stack) for stack in stacks] for control, stacks in judges(plan.methods).items()}
+        parts = found.pop("part", [])
+        controls = {control: [name for name in names if name != arm.name] for control, names in found.items()}
+        if saves(experiment.image_work, arm.name) and not is_rung(plan):
+            controls["resize"] = ["baseline", *(rung.name for rung in rungs if rung.phase == arm.phase)]
+        if losses[arm.name] is not None:  # where the baseline is at chance nothing beats anything
+            work, trained = experiment.image_work, arm.phase != "test"
+            facts["versus"] = versus.against(metric, arm.name, controls, scores, work, trained)
+        if parts and experiment.batches:
+            facts["interaction"] = interaction(rows, arm.name, parts, experiment.batches[0], metric, scores, losses)
+        return arm.model_copy(update=facts)
+
+    return [judged(arm) for arm in arms]
 
 
 def _quality(experiment: Experiment, arm: str, items: dict[int, Partial], trains: bool) -> dict[str, Any]:

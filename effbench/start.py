@@ -20,6 +20,7 @@ from effbench.errors import UsageError
 from effbench.experiment import Experiment
 from effbench.live import Live
 from effbench.measure.environment import cores
+from effbench.measure.threads import threads as threads_of_torch
 from effbench.models.choose import choose
 from effbench.records import Protocol, Record
 from effbench.registry import tasks
@@ -148,7 +149,7 @@ def run(
             processes=distributed.launched(),
         )
         stopping = Stopping(timing_pairs, until, budget)
-        with _threads(protocol.threads):
+        with threads_of_torch(protocol.threads):
             experiment = Experiment(
                 found.task, task, found.data, tower, stacks, protocol, live, stopping, sweep, memory_runs, judges
             )
@@ -217,20 +218,6 @@ def device_named(asked: str) -> str:
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"--device {asked} is not known", "use cpu, cuda or cuda:1")
     return asked
-
-
-class _threads:
-    """Torch's number of threads, for as long as the experiment runs."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.number)
-
-    def __exit__(self, *_: Any) -> None:
-        torch.set_num_threads(self.before)
 
 
 def _command() -> str:

@@ -159,12 +159,10 @@ def read(path: Path) -> Sweep:
         sweep = Sweep.model_validate(content)
     except ValidationError as error:
         raise UsageError(*_explained(path, error)) from None
-    for entries, key in ((sweep.tasks, "tasks"), (sweep.backbones, "backbones")):
+    for entries, key, registry in ((sweep.tasks, "tasks", tasks), (sweep.backbones, "backbones", backbones)):
         for i, entry in enumerate(entries):
             if entry in entries[:i]:
                 raise UsageError(f"{path}: {key}[{i}]: {entry.name} stands twice", "name it once")
-    for entries, key, registry in ((sweep.tasks, "tasks", tasks), (sweep.backbones, "backbones", backbones)):
-        for i, entry in enumerate(entries):
             family = entry.name.partition(":")[0]
             if family not in (known := registry.names()) and entry.name != "auto":
                 kind = "task" if registry is tasks else "family of backbones"

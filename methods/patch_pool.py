@@ -12,10 +12,8 @@ from effbench.errors import UsageError
 from effbench.method import Method, param
 from effbench.models.attention import Projections
 from effbench.models.token_state import Reduce, TokenEdit, TokenState
-from effbench.models.tower import ModelView
-from effbench_methods.algorithms.selection import gather, top
-
-BLIND = ("random", "grid", "norm")
+from effbench.models.tower import ModelView, image_tower
+from effbench_methods.algorithms.selection import BLIND, blind, gather
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,7 @@ class PatchPool(Method):
         return ("tokens",) if self.side > 1 else ()
 
     def edit_model(self, model: ModelView) -> None:
-        tower = model.image
-        if tower is None:
-            raise UsageError("patch_pool needs an image tower of transformer blocks", "use a ViT backbone")
+        tower = image_tower(model, "patch_pool")
         height, width = tower.grid
         common = math.gcd(height, width)
         if common % self.side:
@@ -83,8 +79,7 @@ class Pool(TokenEdit):
             return None
         if self.keeps_grid:
             return Squares(state.grid, side, state.prefix, how)
-        weights = x[:, state.prefix :].norm(dim=-1) if how == "norm" else torch.rand(x.shape[0], n, device=x.device)
-        return gather(top(weights, n // side**2), state.prefix)
+        return gather(blind(how, x[:, state.prefix :], n // side**2), state.prefix)
 
 
 @dataclass

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from effbench.errors import UsageError
 from effbench.method import Method, TrainingPlan, param
 from effbench.models.token_state import TokenBypass, TokenState
-from effbench.models.tower import ModelView
+from effbench.models.tower import ModelView, image_tower
+from effbench_methods.algorithms.selection import behind, blind
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,7 @@ class RandomTokenDrop(Method):
     until: float = param(0.7, "share of the training after which every block processes all tokens", above=0, high=1)
 
     def edit_model(self, model: ModelView) -> None:
-        tower = model.image
-        if tower is None:
-            raise UsageError("random_token_drop needs an image tower of transformer blocks", "use a ViT backbone")
+        tower = image_tower(model, "random_token_drop")
         if len(tower) < 3:
             raise UsageError(
                 f"random_token_drop acts between the first block and the last, and this tower has {len(tower)}",
@@ -90,11 +88,8 @@ class RandomPart(TokenBypass):
         self.share = share
 
     def forward(self, state: TokenState) -> Tensor | None:
-        batch, tokens = state.tokens.shape[:2]
-        prefix, n = state.prefix, tokens - state.prefix
+        prefix, n = state.prefix, state.tokens.shape[1] - state.prefix
         k = math.ceil(self.share * n - 1e-9)
         if not self.training or k >= n:
             return None
-        drawn = torch.rand(batch, n, device=state.tokens.device).topk(k, dim=1, sorted=False).indices
-        head = torch.arange(prefix, device=drawn.device).expand(batch, prefix)
-        return torch.cat([head, drawn + prefix], dim=1)
+        return behind(blind("random", state.tokens[:, prefix:], k), prefix)

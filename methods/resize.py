@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from effbench.errors import UsageError
 from effbench.method import Method, param
-from effbench.models.tower import ModelView, Tower, scaling
+from effbench.models.tower import ModelView, Tower, image_tower, scaling
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,7 @@ class Resize(Method):
     size: int = param(160, "side of the images in pixels, a multiple of the patch", low=2, high=4096)
 
     def edit_model(self, model: ModelView) -> None:
-        tower = model.image
-        if tower is None:
-            raise UsageError("resize needs an image tower of transformer blocks", "use a ViT backbone")
+        tower = image_tower(model, "resize")
         if tower.resize is None:
             raise UsageError(
                 f"resize: this {tower.name} takes images of one side only", "use token_prune to save tokens"

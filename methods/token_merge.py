@@ -12,11 +12,9 @@ from effbench.errors import UsageError
 from effbench.method import Method, param
 from effbench.models.attention import Projections
 from effbench.models.token_state import Reduce, TokenEdit, TokenState
-from effbench.models.tower import ModelView
+from effbench.models.tower import ModelView, image_tower
 from effbench_methods.algorithms.matching import bipartite, by_energy, merge, prune
-from effbench_methods.algorithms.selection import gather, stride, top
-
-BLIND = ("random", "grid", "norm")
+from effbench_methods.algorithms.selection import BLIND, blind, gather
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,7 @@ class TokenMerge(Method):
         return ("tokens",) if takes else ()
 
     def edit_model(self, model: ModelView) -> None:
-        tower = model.image
-        if tower is None:
-            raise UsageError("token_merge needs an image tower of transformer blocks", "use a ViT backbone")
+        tower = image_tower(model, "token_merge")
         layers, most = len(tower), tower.patch_tokens // 2
         if self.ratio is None and max(self.r) > most:
             raise UsageError(
@@ -116,13 +112,8 @@ class Merge(TokenEdit):
         r = min(math.floor(self.amount if self.amount >= 1 else self.amount * n + 1e-9), n // 2)
         if not r:
             return None
-        match self.method.variant:
-            case "random":
-                return gather(top(torch.rand(x.shape[0], n, device=x.device), n - r), prefix)
-            case "grid":
-                return gather(stride(n, n - r, x), prefix)
-            case "norm":
-                return gather(top(x[:, prefix:].norm(dim=-1), n - r), prefix)
+        if self.method.variant in BLIND:
+            return gather(blind(self.method.variant, x[:, prefix:], n - r), prefix)
         if state.sizes is None:
             state.sizes = torch.ones(x.shape[:2], device=x.device)
         state.proportional = self.method.proportional

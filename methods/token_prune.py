@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from effbench.errors import UsageError
 from effbench.method import Method, TrainingPlan, param
+from effbench.models.tower import image_tower
 from effbench_methods._prune_stages import AdaptiveStage, DynamicStage, Prune, Stage
 from effbench_methods.algorithms.gumbel import ratio_loss
 
@@ -114,9 +115,7 @@ class TokenPrune(Method):
         return "both" if self.score in TRAINED else "test"
 
     def edit_model(self, model: ModelView) -> None:
-        tower = model.image
-        if tower is None:
-            raise UsageError("token_prune needs an image tower of transformer blocks", "use a ViT backbone")
+        tower = image_tower(model, "token_prune")
         if self.score in ("class_attention", "ats") and not tower.has_class_token:
             raise UsageError(
                 f"token_prune: score={self.score} needs a class token, which this {tower.name} lacks",

@@ -77,7 +77,7 @@ def _print(out: Console, backbone: str, arms: dict[str, Towers], batch: int, tra
     from rich.table import Table
     from rich.text import Text
 
-    from effbench.measure.flop_towers import total, work
+    from effbench.measure.flop_towers import total
 
     what = "forward + backward" if train else "forward"
     size = f"a batch of {batch}" if batch > 1 else "one image and one text" if _pairs(arms) else "one image"
@@ -111,8 +111,8 @@ def _print(out: Console, backbone: str, arms: dict[str, Towers], batch: int, tra
             least = "" if count.complete else ">= "
             cells = [f"{least}{_giga(count.macs)}", f"{least}{_giga(count.dense_flops)}"]
             cells += [f"{least}{_giga(count.useful_flops)}", _giga(count.low_bit_ops), _giga(count.overhead_flops)]
-            cells += [_giga(formulas)] + ([f"{least}{_giga(work(count) / batch)}"] if batch > 1 else [])
-            saved = "" if towers is first else f"{1 - work(count) / work(base):.1%}" if work(base) else ""
+            cells += [_giga(formulas)] + ([f"{least}{_giga(count.work / batch)}"] if batch > 1 else [])
+            saved = "" if towers is first else f"{1 - count.work / base.work:.1%}" if base.work else ""
             table.add_row(Text(("  " if len(arms) > 1 else "") + name), *cells, f"{parameters / 1e6:.4g}", saved)
         for name, tower in towers.items():
             where = f"{arm}, {name} tower" if len(arms) > 1 else f"{name} tower"
@@ -179,12 +179,12 @@ def grouped(by_layer: dict[str, int]) -> list[tuple[str, int, int]]:
 
 
 def _as_json(backbone: str, request: Any, arms: dict[str, Towers], notes: list[str]) -> dict[str, Any]:
-    from effbench.measure.flop_towers import total, work
+    from effbench.measure.flop_towers import total
 
     def facts(count: FlopCount) -> dict[str, Any]:
         found: dict[str, Any] = {kind: getattr(count, kind) for kind in KINDS}
         return found | dict(
-            work_per_image=work(count) / request.batch, complete=count.complete, unknown_ops=list(count.unknown_ops)
+            work_per_image=count.work / request.batch, complete=count.complete, unknown_ops=list(count.unknown_ops)
         )
 
     described = []

@@ -98,11 +98,6 @@ def total(towers: dict[str, TowerFlops]) -> FlopCount:
     )
 
 
-def work(count: FlopCount) -> int:
-    """Everything that is computed, a product of integers as if it were floating-point."""
-    return count.dense_flops + count.overhead_flops + 2 * count.low_bit_macs
-
-
 def _built(request: Request, methods: tuple[Method, ...]) -> dict[str, tuple[nn.Module, Tensor]]:
     """The library's own model, edited: its towers with their inputs."""
     with _QuickInitialisation() if request.weights == "random" else nullcontext():

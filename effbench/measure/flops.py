@@ -62,6 +62,11 @@ class FlopCount:
     low_bit_macs: int = 0
     overhead_by_layer: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def work(self) -> int:
+        """Everything that is computed, a product of integers as if it were floating-point."""
+        return self.dense_flops + self.overhead_flops + 2 * self.low_bit_macs
+
 
 def flops(model: nn.Module, *inputs: Any, train: bool = False, **kwargs: Any) -> FlopCount:
     """Count the FLOPs of `model(*inputs, **kwargs)`: dense, useful, low-bit and a method's overhead.

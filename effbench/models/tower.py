@@ -226,6 +226,17 @@ class ModelView:
     text: Tower | None
 
 
+def image_tower(model: ModelView, method: str) -> Tower:
+    """The image tower that a method is about to edit.
+
+    Raises:
+        UsageError: the model has none; names the method.
+    """
+    if model.image is None:
+        raise UsageError(f"{method} needs an image tower of transformer blocks", "use a ViT backbone")
+    return model.image
+
+
 def view(model: nn.Module) -> ModelView:
     """Wrap the towers of a model in place and return its view; wrapping twice is harmless.
 

@@ -64,7 +64,7 @@ def section(rows: list[Row]) -> str:
 
 
 def _answer(rows: list[Row], control: str) -> str:
-    """`- At equal tokens 1 of 4 beats random: a. No difference shown: b, c. Worse: d.`"""
+    """`- Beat random at equal tokens (1 of 4): a. No difference shown: b, c. Worse: d.`"""
     groups: dict[str, list[str]] = {"BETTER": [], "NO DIFFERENCE SHOWN": [], "WORSE": [], "unequal": []}
     for row in rows:
         found = [each for each in row.arm.versus if each.control == control]
@@ -75,11 +75,9 @@ def _answer(rows: list[Row], control: str) -> str:
             group = verdicts.pop() if len(verdicts) == 1 else "NO DIFFERENCE SHOWN"
             groups[group].append(escape(figures.label(row.arm)))
     beat, unsure, worse, unequal = groups.values()
-    parts = [(f"Beat {control} {ANSWERED[control]} ({len(beat)} of {len(beat + unsure + worse)})", beat)]
-    parts += [("No difference shown", unsure), ("Worse", worse), (f"No {control} {ANSWERED[control]}", unequal)]
-    return "- " + " ".join(
-        f"**{title}:** {', '.join(names) or 'none'}." for title, names in parts if names or title[:4] == "Beat"
-    )
+    told = [(f"Beat {control} {ANSWERED[control]} ({len(beat)} of {len(beat + unsure + worse)})", beat or ["none"])]
+    told += [("No difference shown", unsure), ("Worse", worse), (f"No {control} {ANSWERED[control]}", unequal)]
+    return "- " + " ".join(f"**{title}:** {', '.join(names)}." for title, names in told if names)
 
 
 def _table(rows: list[Row], controls: list[str]) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from effbench.errors import EffbenchError
 from effbench.measure.clock import Clock
+from effbench.measure.threads import threads
 from effbench.models.attention import Projections
 
 PAIRS = 5  # timed repetitions of each path
@@ -159,7 +159,7 @@ def fastest(
     batch, heads, tokens, width = shape
     random = torch.Generator(device).manual_seed(0)
     run = {"dense": lambda p: F.scaled_dot_product_attention(p.q, p.k, p.v, scale=p.scale)} | paths
-    with torch.inference_mode(), _threads(1 if on_cpu else torch.get_num_threads()):
+    with torch.inference_mode(), threads(1 if on_cpu else torch.get_num_threads()):
         x = torch.randn(batch, tokens, 3, heads, width, generator=random, device=device, dtype=dtype)
         p = Projections(*x.permute(2, 0, 3, 1, 4).unbind(0), scale)
         for name, path in list(run.items()):  # warm-up
@@ -178,13 +178,3 @@ def fastest(
     ratios = {n: statistics.median(d / s for d, s in zip(dense, own, strict=True)) for n, own in times.items()}
     seconds = time.perf_counter() - begun - compiling
     return Choice(max(ratios, key=ratios.__getitem__), batch, ratios, seconds, compiling, failed)
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -15,6 +15,23 @@ def top(scores: Tensor, k: int) -> Tensor:
     return scores.topk(k, dim=1, sorted=False).indices
 
 
+BLIND = ("random", "grid", "norm")
+
+
+def blind(how: str, patches: Tensor, k: int) -> Tensor:
+    """Indices (batch, k) of patches (batch, n, width) chosen without a look at what they show: the controls.
+
+    random; grid, a uniform stride; norm, the longest.
+    """
+    batch, n, _ = patches.shape
+    match how:
+        case "grid":
+            return stride(n, k, patches)
+        case "norm":
+            return top(patches.norm(dim=-1), k)
+    return top(torch.rand(batch, n, device=patches.device), k)
+
+
 def rest(index: Tensor, n: int) -> Tensor:
     """Indices (batch, n - k), ascending, of those of n tokens that are not at index (batch, k)."""
     taken = torch.zeros(len(index), n, dtype=torch.uint8, device=index.device).scatter(1, index, 1)
@@ -67,9 +84,13 @@ def farthest(x: Tensor, k: int) -> Tensor:
 
 def gather(index: Tensor, prefix: int) -> Reduce:
     """A reduction that keeps the prefix tokens and, of the others, those at index (batch, k)."""
-    batch = index.shape[0]
-    head = torch.arange(prefix, device=index.device).expand(batch, prefix)
-    return picked(torch.cat([head, index + prefix], dim=1))
+    return picked(behind(index, prefix))
+
+
+def behind(index: Tensor, prefix: int) -> Tensor:
+    """Indices (batch, k) of patch tokens as those of all tokens, (batch, prefix + k), the prefix among them."""
+    head = torch.arange(prefix, device=index.device).expand(index.shape[0], prefix)
+    return torch.cat([head, index + prefix], dim=1)
 
 
 def fuse_rest(keep: Reduce, index: Tensor, weights: Tensor, prefix: int) -> Reduce:
