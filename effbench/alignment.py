@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effbench.distributed import gathered
@@ -126,6 +127,8 @@ class Alignment(Task):
             best = [best_answers(of[query], of[gallery], 10) for of in (baseline, outputs)]
             found[f"{way}_top1"] = Items((best[0][:, 0] == best[1][:, 0]).float().numpy(), group)
             found[f"{way}_overlap10"] = Items(overlap(*best).numpy(), group)
+        for side, group in (("image", each), ("text", owner)):
+            found[f"{side}_cosine"] = Items(cosine(baseline[side], outputs[side]), group)
         return found
 
     def metrics(self, prepared: Prepared, split: str) -> list[Metric]:
@@ -143,6 +146,11 @@ class Alignment(Task):
 
     def parts(self, model: DualEncoder) -> dict[str, nn.Module]:
         return {"image": model.image_encoder, "text": model.text_encoder}
+
+
+def cosine(one: Tensor, other: Tensor) -> np.ndarray:
+    """Cosines of matching rows, (items, width) each: (items,) in [-1, 1]."""
+    return F.cosine_similarity(one.double(), other.double()).clamp(-1, 1).numpy()
 
 
 def best_answers(queries: Tensor, gallery: Tensor, k: int) -> Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
 
     from effbench.method import Method
 
 M = TypeVar("M", bound="nn.Module")
 
 
-def apply(model: M, spec: str | Method | tuple[Method, ...]) -> M:
+def apply(model: M, spec: str | Method | tuple[Method, ...], calibration: Tensor | Sequence[Any] | None = None) -> M:
     """Edit a timm or OpenCLIP model in place, by a stack of training-free methods.
 
     Args:
@@ -20,6 +22,8 @@ def apply(model: M, spec: str | Method | tuple[Method, ...]) -> M:
             precision. Its attention is replaced by effbench's on the same Parameters (equal to 1e-5 in float32);
             state_dict keys stay the library's.
         spec: e.g. "token_prune:keep=0.7" or "a:x=1+b"; or the methods themselves.
+        calibration: what methods that calibrate look at: training images (images, 3, height, width), as the model takes
+            them, or a list of tuples of its arguments.
 
     Returns:
         The same object. It takes the same inputs and gives outputs of the same shape; tokens inside get fewer.
@@ -30,6 +34,7 @@ def apply(model: M, spec: str | Method | tuple[Method, ...]) -> M:
     Example:
         >>> model = effbench.apply(timm.create_model("deit_tiny_patch16_224", pretrained=True), "token_prune:keep=0.5")
     """
+    from effbench.calibration_set import of_inputs
     from effbench.errors import UsageError
     from effbench.method import Method
     from effbench.models.tower import view
@@ -51,5 +56,5 @@ def apply(model: M, spec: str | Method | tuple[Method, ...]) -> M:
     for method in methods:
         method.edit_model(seen)
     for method in methods:
-        method.finish(seen, None)
+        method.finish(seen, of_inputs(calibration))
     return model

@@ -12,6 +12,7 @@ from effbench.spec import canonical
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from effbench.calibration_set import CalibrationSet
     from effbench.models.backbones import Backbone
     from effbench.records import Protocol
     from effbench.task import Task
@@ -37,7 +38,7 @@ class ArmPlan:
 
     @property
     def spec(self) -> str:
-        return canonical(self.methods)
+        return self.name if self.methods else ""
 
     @property
     def phase(self) -> str:
@@ -105,10 +106,27 @@ def training_model(
     plan = TrainingPlan(seen, task.locked(model) if protocol.train == "locked" else [], [])
     for method in methods:
         method.edit_training(plan)
-    for modules, trained in ((plan.frozen, False), (plan.trained, True)):
-        for module in modules:
-            module.requires_grad_(trained)
+    plan.set_gradients()
     return model, plan
+
+
+def settled(
+    arm: ArmPlan, task: Task, recipe: Any, backbone: Backbone, protocol: Protocol, calibration: CalibrationSet
+) -> ArmPlan:
+    """The arm with every choice made that its methods make on data before training (see `Method.settle`)."""
+    from effbench.models.tower import view
+
+    acting = arm.during("train", "both")
+    if all(type(method).settle is Method.settle for method in acting):
+        return arm
+    seen = view(task.build(recipe, backbone, protocol))
+    chosen = []
+    for method in arm.methods:
+        if method in acting:
+            method = method.settle(seen, calibration)
+            method.edit_model(seen)
+        chosen.append(method)
+    return replace(arm, methods=tuple(chosen))
 
 
 def testing_model(
@@ -118,13 +136,13 @@ def testing_model(
     backbone: Backbone,
     protocol: Protocol,
     state: dict[str, Tensor],
-    calibration: Any,
+    calibration: CalibrationSet,
 ) -> nn.Module:
     """The model that an arm is tested with: trained weights, then the structure that only testing has.
 
     Args:
         state: what training changed, under the library's keys; keys of edits that testing lacks are left out.
-        calibration: training images, handed to `Method.finish`.
+        calibration: training data, handed to `Method.finish`.
     """
     from effbench.models.tower import ModelView, view
 

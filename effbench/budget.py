@@ -18,6 +18,7 @@ from effbench.registry import methods
 from effbench.spec import canonical
 
 if TYPE_CHECKING:
+    from effbench.calibration_set import CalibrationSet
     from effbench.models.backbones import Backbone
     from effbench.records import Protocol
     from effbench.task import Task
@@ -27,14 +28,20 @@ LEAST_SAVED = 0.005  # share of the image tower's FLOPs; what saves less needs n
 
 
 def image_work(
-    plan: ArmPlan, task: Task, prepared: Any, recipe: Any, backbone: Backbone, protocol: Protocol
+    plan: ArmPlan,
+    task: Task,
+    prepared: Any,
+    recipe: Any,
+    backbone: Backbone,
+    protocol: Protocol,
+    rehearsal: CalibrationSet,
 ) -> tuple[int, Any]:
     """FLOPs of an arm's image tower for one image, its own scoring included, and the arm's model.
 
     0 where the task has no image tower.
     """
     randomness.seed_all(0)
-    model = testing_model(plan, task, recipe, backbone, protocol, {}, None)
+    model = testing_model(plan, task, recipe, backbone, protocol, {}, rehearsal)
     part = task.parts(model).get("image")
     if part is None:
         return 0, model

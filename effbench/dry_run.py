@@ -48,7 +48,7 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
     trains = {arm.name: arm for arm in experiment.training_arms(protocol.seeds[0])} if experiment.trains else {}
     for plan in experiment.plans:
         randomness.seed_all(0)
-        model = testing_model(plan, task, experiment.recipe, experiment.backbone, protocol, {}, None)
+        model = testing_model(plan, task, experiment.recipe, experiment.backbone, protocol, {}, experiment.rehearsal)
         model = model.to(protocol.device)
         rng = np.random.default_rng(0)
         with torch.inference_mode():

@@ -16,7 +16,7 @@ from effbench.errors import EffbenchError
 from effbench.measure.analytic import analytic_of, disagreement
 from effbench.measure.flops import FlopCount, flops_of
 from effbench.measure.kernels import kernels
-from effbench.measure.memory import probe
+from effbench.measure.memory import disk_bytes, probe
 from effbench.measure.structure import structure
 from effbench.memory_probe import Shapes, make_step, make_training_step
 from effbench.models.tower import view
@@ -61,6 +61,7 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
         tokens=tokens_per_layer(task.parts(arm.model).get("image", arm.model), step),
         parameters=sum(p.numel() for p in arm.model.parameters()),
         weight_bytes=sum(there.dtypes.values()),
+        disk_bytes=disk_bytes(arm.model),
         kernels=seen,
         structure=there,
     )

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
-from effbench import engine, randomness, results, store
-from effbench.arms import CONTROLS, ArmPlan, plan_arms, testing_model, training_model
+from effbench import calibration_set, engine, randomness, results, store
+from effbench.arms import CONTROLS, ArmPlan, plan_arms, settled, testing_model, training_model
 from effbench.budget import image_work, resize_arms
 from effbench.checkpoint import Checkpoint
 from effbench.errors import EffbenchError, InvalidError, UsageError
@@ -27,11 +28,13 @@ from effbench.measure.clock import Clock
 from effbench.measure.energy import meter
 from effbench.measure.environment import device_model, provenance
 from effbench.measure.memory import process_peak
+from effbench.method import Method
 from effbench.passes import features, test, use_features
 from effbench.pixels import RULE
 from effbench.preflight import preflight
 from effbench.records import Envelope, Protocol, Record
 from effbench.samples import item_samples
+from effbench.spec import canonical, parse
 from effbench.timing import Stopping, pairs
 from effbench.training import train
 
@@ -72,10 +75,14 @@ class Experiment:
         self.plans = plan_arms(stacks, controls)
         self.prepared = task.prepare(data, backbone, protocol, live.progress)
         self.recipe = task.recipe(self.prepared)
+        #: what methods see in place of training data where a model is only checked or counted
+        self.rehearsal = calibration_set.rehearsal(task, self.prepared, protocol, self.sizes["train"])
+        #: by arm and seed, arms whose methods chose something by looking at training data
+        self.settled: dict[tuple[str, int], ArmPlan] = {}
         #: FLOPs of the image tower for one image, by arm, where arms are compared by them
         self.image_work: dict[str, int] = {}
         if "resize" in controls and any(plan.kind == "method" for plan in self.plans):
-            among = (self.task, self.prepared, self.recipe, self.backbone, self.protocol)
+            among = (self.task, self.prepared, self.recipe, self.backbone, self.protocol, self.rehearsal)
             smaller, self.image_work = resize_arms(self.plans, lambda plan: image_work(plan, *among))
             self.plans += [plan for plan in smaller if plan.name not in {known.name for known in self.plans}]
         energy, why = meter(protocol.device)
@@ -119,10 +126,12 @@ class Experiment:
                     "use --train full, or --train locked for what trains beside a frozen tower",
                 )
             randomness.seed_all(0)
+            build = (self.task, self.recipe, self.backbone, self.protocol)
+            plan = settled(plan, *build, self.rehearsal)
             if plan.kind == "baseline" or plan.during("train", "both"):
-                training_model(plan, self.task, self.recipe, self.backbone, self.protocol)
+                training_model(plan, *build)
             if plan.during("test"):
-                testing_model(plan, self.task, self.recipe, self.backbone, self.protocol, {}, None)
+                testing_model(plan, *build, {}, self.rehearsal)
 
     def envelope(self) -> Envelope:
         return Envelope(
@@ -173,6 +182,7 @@ class Experiment:
             cached: Partial | None = None
             for seed in self.protocol.seeds:
                 if self.trains:
+                    self._settle(seed, journal)
                     if self.protocol.train == "locked" and cached is None:
                         cached = journal.phase("features", lambda p, save: self._features(p, save))
                     trained[seed] = journal.phase(
@@ -208,9 +218,28 @@ class Experiment:
         """Train along with the first process, which tests, times and writes."""
         cached = None
         for seed in self.protocol.seeds if self.trains else ():
+            self._settle(seed)
             if self.protocol.train == "locked" and cached is None:
                 cached = self._features(None, lambda state: None)
             self._train(seed, cached, None, lambda state: None)
+
+    def _settle(self, seed: int, journal: Journal | None = None) -> None:
+        """Let the methods that act while training make the choices that depend on the data, each in its arm's time."""
+        for plan in self.training_plans():
+            if all(type(method).settle is Method.settle for method in plan.during("train", "both")):
+                continue
+
+            def choose(partial: Partial | None = None, save: Any = None, plan: ArmPlan = plan) -> Partial:
+                self.live.note(f"{plan.name}, seed {seed}: choosing by a look at training data")
+                randomness.seed_all(seed)
+                build = (self.task, self.recipe, self.backbone, self.protocol, self._calibration())
+                found, seconds = self.setting.clock.timed(lambda: settled(plan, *build))
+                row = dict(kind="step", seed=seed, phase="settle", index=0, arm=plan.name, seconds=seconds)
+                self.setting.rows.append(row | dict(head_seconds=seconds, data_wait=0.0, transfer=0.0))
+                return dict(spec=canonical(found.methods), errors={})
+
+            found = journal.phase(f"settle {seed} {plan.name}", choose) if journal else choose()
+            self.settled[plan.name, seed] = replace(plan, methods=parse(found["spec"]))
 
     def _features(self, partial: Partial | None, save: Any) -> Partial:
         return features(self._cached_arms(), self.setting, self.sizes, partial, save)
@@ -221,15 +250,16 @@ class Experiment:
 
     def caches_features(self, arm: Arm) -> bool:
         """Whether the tower is frozen and nothing inside it is trained, so that its features are computed once."""
-        frozen = (p for module in arm.frozen for p in module.parameters())
-        return self.protocol.train == "locked" and not any(p.requires_grad for p in frozen)
+        return self.protocol.train == "locked" and not arm.trains_in_frozen()
 
     def training_arms(self, seed: int) -> list[Arm]:
         """The arms that train weights of their own, freshly built under a seed."""
         arms = []
         for plan in self.training_plans():
+            build = (self.task, self.recipe, self.backbone, self.protocol)
+            plan = self.settled.get((plan.name, seed)) or settled(plan, *build, self.rehearsal)
             randomness.seed_all(seed)
-            model, training = training_model(plan, self.task, self.recipe, self.backbone, self.protocol)
+            model, training = training_model(plan, *build)
             model, state = model.to(self.protocol.device), randomness.get_state()
             more = dict(each_step=training.each_step, losses=training.losses)
             arms.append(Arm(plan, model, state, training.frozen, training.trained, **more))
@@ -268,6 +298,7 @@ class Experiment:
             state = trained["arms"][owner]["state"] if trained else {}
             randomness.seed_all(seed)
             model = torch.nn.Identity()
+            plan = self.settled.get((plan.name, seed), plan)
             if not error:
                 model = testing_model(
                     plan, self.task, self.recipe, self.backbone, self.protocol, state, self._calibration()
@@ -275,13 +306,8 @@ class Experiment:
             arms.append(Arm(plan, model.to(self.protocol.device), randomness.get_state(), error=error))
         return arms
 
-    def _calibration(self) -> Any:
-        """Training images, in batches, for methods that calibrate."""
-        rows = np.random.default_rng(0).permutation(self.sizes["train"])[:128]
-        size = self.protocol.timing_batch
-        for start in range(0, len(rows), size):
-            batch = self.task.batch(self.prepared, "train", rows[start : start + size], None)
-            yield self.setting.to_device(batch)["image"]
+    def _calibration(self) -> calibration_set.CalibrationSet:
+        return calibration_set.of_task(self.task, self.prepared, self.sizes["train"], self.setting.to_device)
 
     def _samples(self, items: dict[int, Partial]) -> pd.DataFrame:
         frames = [pd.DataFrame(self.setting.rows)]

@@ -49,8 +49,8 @@ class Arm:
     plan: ArmPlan
     model: nn.Module
     random: dict[str, Any]
-    frozen: list[nn.Module] = field(default_factory=list)
-    trained: list[nn.Module] = field(default_factory=list)
+    frozen: list[nn.Module | nn.Parameter] = field(default_factory=list)
+    trained: list[nn.Module | nn.Parameter] = field(default_factory=list)
     each_step: list[Callable[[float], None]] = field(default_factory=list)
     losses: list[Callable[[], Tensor]] = field(default_factory=list)
     error: str = ""
@@ -60,6 +60,14 @@ class Arm:
     @property
     def name(self) -> str:
         return self.plan.name
+
+    def trains_in_frozen(self) -> bool:
+        """Whether something inside what is frozen is trained all the same."""
+        return any(p.requires_grad for part in self.frozen for p in _parameters(part))
+
+
+def _parameters(part: nn.Module | nn.Parameter) -> Iterator[nn.Parameter]:
+    yield from part.parameters() if isinstance(part, nn.Module) else (part,)
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from effbench.arms import ArmPlan, testing_model, training_model
+from effbench.calibration_set import CalibrationSet
 from effbench.engine import Plain
 from effbench.lockstep import Arm
 from effbench.measure.tensor_memory import Step
@@ -30,8 +31,10 @@ def make_step(
         shapes: of a batch.
     """
     head = tasks.get(task)()
-    model = testing_model(plan, head, recipe, _backbone(origin), protocol, {}, None).to(protocol.device)
     batch = _batch(shapes, protocol)
+    few = {key: value[:2].cpu() for key, value in batch.items()}
+    calibration = CalibrationSet(lambda: iter([few]), 2**31, head.predict, head.loss, thrifty=True)
+    model = testing_model(plan, head, recipe, _backbone(origin), protocol, {}, calibration).to(protocol.device)
 
     def run() -> None:
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What a method is: a dataclass of parameters with up to three hooks. A method's author reads this file.
+"""What a method is: a dataclass of parameters with up to four hooks. A method's author reads this file.
 
     @dataclass(frozen=True)
     class HalfDepth(Method):
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from effbench.calibration_set import CalibrationSet
     from effbench.models.tower import ModelView
 
 PHASES = ("test", "train", "both")
@@ -55,17 +56,28 @@ class TrainingPlan:
 
     Args:
         model: the view of the model, edited already.
-        frozen: modules that are not trained (with `--train locked` the image tower).
-        trained: modules inside frozen ones that are trained all the same, e.g. a method's own scorer.
+        frozen: modules and parameters that are not trained (with `--train locked` the image tower).
+        trained: those inside frozen ones that are trained all the same, e.g. a method's own scorer.
         each_step: called before every training step with the share of the steps that is done, in [0, 1): schedules.
         losses: called after the forward pass of every training step; the scalars are added to the task's loss.
     """
 
     model: ModelView
-    frozen: list[nn.Module]
-    trained: list[nn.Module]
+    frozen: list[nn.Module | nn.Parameter]
+    trained: list[nn.Module | nn.Parameter]
     each_step: list[Callable[[float], None]] = field(default_factory=list)
     losses: list[Callable[[], Tensor]] = field(default_factory=list)
+
+    def set_gradients(self) -> None:
+        """Let the parameters of the model require gradients, or not, as the plan says."""
+        for parts, trained in ((self.frozen, False), (self.trained, True)):
+            for part in parts:
+                part.requires_grad_(trained)
+
+    def freezes_all_of(self, module: nn.Module) -> bool:
+        """Whether no parameter of a module is trained."""
+        self.set_gradients()
+        return not any(p.requires_grad for p in module.parameters())
 
 
 @dataclass(frozen=True)
@@ -114,15 +126,30 @@ class Method:
             UsageError: the model lacks what the method needs; say what it is and name the alternative.
         """
 
+    def settle(self, model: ModelView, calibration: CalibrationSet) -> Method:
+        """The same method with every choice that depends on the data made: `by=gradient` becomes `at=3/7/11`.
+
+        Asked once per seed, before training, of a method that acts while training; the time it takes is charged to the
+        arm's training. The hooks below are called on what it returns.
+
+        Args:
+            model: the view of a fresh model, as the methods before this one left it. It is thrown away afterwards.
+            calibration: training data.
+        """
+        return self
+
     def edit_training(self, plan: TrainingPlan) -> None:
         """Change what is trained, in place on the plan. Called after `edit_model`, before training."""
 
-    def finish(self, model: ModelView, calibration: Any) -> None:
+    def finish(self, model: ModelView, calibration: CalibrationSet) -> None:
         """Change the trained model in place: quantise, prune channels, remove layers.
 
         Args:
             model: the view of the trained model.
-            calibration: an iterable of training images, each (batch, 3, height, width), float32, normalised.
+            calibration: training data.
+
+        Raises:
+            UsageError: the model or the machine lacks what the method needs; say what and name the alternative.
         """
 
     def controls(self) -> dict[str, Method]:

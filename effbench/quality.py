@@ -101,15 +101,15 @@ def agreement(items: list[Items], seed: int = 0, resamples: int = RESAMPLES) -> 
     """How far an arm answers as the baseline does: the mean over items and seeds, with its 95 % bootstrap interval.
 
     Args:
-        items: one entry per seed, of values in [0, 1] (see `Task.agreement`); images and seeds are resampled as for
+        items: one entry per seed, of values in [-1, 1] (see `Task.agreement`); images and seeds are resampled as for
             `lossiness`.
 
     Raises:
-        InvalidError: a value outside [0, 1], no item, or seeds that were not tested on the same images.
+        InvalidError: a value outside [-1, 1], no item, or seeds that were not tested on the same images.
     """
     for each in items:
-        if (wrong := (np.asarray(each.values) < 0) | (np.asarray(each.values) > 1)).any():
-            raise InvalidError(f"an agreement of {np.asarray(each.values)[wrong][0]} is not within 0 and 1")
+        if (wrong := np.abs(each.values) > 1).any():
+            raise InvalidError(f"an agreement of {np.asarray(each.values)[wrong][0]} is not within -1 and 1")
     return Sides(AGREEMENT, [items], seed, resamples).interval(0)
 
 

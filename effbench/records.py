@@ -36,6 +36,7 @@ class Protocol(Model):
     head: Literal["cosine", "sigmoid", "bilinear"] = "cosine"
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.1, ge=0)
+    dev_checks: int = Field(1, ge=1, description="looks at the dev split per epoch; the best one is kept")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps that the one-cycle schedule rises")
     schedule: Literal["one-cycle", "constant"] = "one-cycle"
     seeds: tuple[int, ...] = (0,)
@@ -136,6 +137,7 @@ class TimeSplit(Model):
     head: Seconds = Field(0.0, description="what is left of compute: projection, similarity, loss")
     backward: Seconds = 0.0
     optimiser: Seconds = 0.0
+    settle: Seconds = Field(0.0, description="choices that a method makes by a look at the data; within compute")
     features: Seconds = Field(0.0, description="the frozen tower's feature pass; within compute")
     first_step: Seconds = Field(0.0, description="the first step, warm-up included; within compute")
     steps: Count = 0
@@ -310,6 +312,7 @@ class Arm(Model):
     parameters: Count = 0
     trained_parameters: Count = 0
     weight_bytes: Count = 0
+    disk_bytes: Count = Field(0, description="of its saved state dict, as torch.save writes it")
     memory: Memory | None = Field(None, description="of a test step")
     train_memory: Memory | None = Field(None, description="of a training step; None: nothing is trained")
     kernels: Kernels | None = None
@@ -319,7 +322,7 @@ class Arm(Model):
     versus: tuple[Versus, ...] = Field((), description="against controls at the same budget")
     interaction: Interaction | None = Field(None, description="of a stack whose parts are arms of the same record")
     per_image: PerImage | None = Field(None, description="where token counts depend on the image")
-    agreement: dict[str, Interval] = Field({}, description="with the baseline, as fractions, e.g. of equal top answers")
+    agreement: dict[str, Interval] = Field({}, description="with the baseline: shares of equal answers, and cosines (..._cosine)")
     losses: dict[str, tuple[Finite, ...]] = Field({}, description="mean training loss per epoch, by seed")
     notes: tuple[Text, ...] = ()
     no_quality: Text = Field("", description="why its quality means nothing and is not shown; empty where it does")

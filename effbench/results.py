@@ -137,7 +137,7 @@ def _times(experiment: Experiment, arm: str, rows: pd.DataFrame, trains: bool, c
     own = rows[rows["arm"] == arm]
     facts: dict[str, Any] = dict(test_time=speeds.split(own[own["phase"] == "quality"]))
     if trains:
-        facts["train_time"] = speeds.split(own[own["phase"].isin(["features", "train"])])
+        facts["train_time"] = speeds.split(own[own["phase"].isin(["settle", "features", "train"])])
     if experiment.batches:
         batch = experiment.batches[0]
         baseline, mine = (speeds.timed(rows, name, batch) for name in ("baseline", arm))

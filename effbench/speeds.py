@@ -29,6 +29,7 @@ def split(rows: pd.DataFrame, first: float | None = None) -> records.TimeSplit |
         data_wait=wait,
         transfer=transfer,
         compute=compute,
+        settle=rows.loc[rows["phase"] == "settle", "seconds"].sum(),
         features=rows.loc[rows["phase"] == "features", "seconds"].sum(),
         first_step=rows["seconds"].iloc[0] if first is None else first,
         steps=len(rows),
@@ -61,12 +62,14 @@ def speedup(baseline: pd.DataFrame, arm: pd.DataFrame, *columns: str, level: flo
 def training_speedup(rows: pd.DataFrame, arm: str, level: float = 0.95) -> records.Speedup:
     """Of the whole training, features of a frozen tower included.
 
-    Steps are summed in blocks that each hold their part of the feature pass and of the steps of every seed.
+    Steps are summed in blocks that each hold their part of the feature pass, of the steps of every seed, and of the
+    time in which a method made its choices.
     """
     sums = []
     for name in ("baseline", arm):
         own = rows[(rows["arm"] == name) & rows["phase"].isin(["features", "train"])]
-        total = np.zeros(BLOCKS)
+        chosen = rows.loc[(rows["arm"] == name) & (rows["phase"] == "settle"), "seconds"].sum()
+        total = np.full(BLOCKS, chosen / BLOCKS)
         for _, part in own.groupby(["phase", "seed"]):
             place = part["index"].to_numpy() * BLOCKS // (part["index"].max() + 1)
             total += np.bincount(place, part["seconds"].to_numpy(), BLOCKS)

@@ -47,6 +47,7 @@ def run(
     weight_decay: float | None = None,
     seeds: int = 1,
     data_share: float = 1.0,
+    dev_checks: int = 1,
     threads: int | None = None,
     timing_batch: int = 16,
     timing_pairs: int = 30,
@@ -77,6 +78,7 @@ def run(
         epochs, batch_size, image_size, lr, weight_decay: None for what the task or the backbone recommends.
         seeds: number of seeds, 0 to seeds - 1.
         data_share: share of the training images that is used.
+        dev_checks: looks at the dev split per epoch; the weights of the best one are kept.
         threads: of the CPU; None for all cores.
         timing_batch: images per timed step; timing_pairs: timed steps per arm.
         until: go on timing until every interval's half-width is this share of the speed-up, e.g. 0.02; budget: but no
@@ -143,6 +145,7 @@ def run(
             timing_batch=timing_batch,
             timing_pairs=timing_pairs,
             data_share=data_share,
+            dev_checks=dev_checks,
             device=device_named(device),
             engine=engine,
             zero_stage=zero_stage,

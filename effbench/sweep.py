@@ -93,6 +93,7 @@ def _experiments(
     sweep: Sweep, task: TaskEntry, backbone: BackboneEntry, stacks: list[tuple[Method, ...]], live: Live
 ) -> list[Planned]:
     """The experiments of one task on one backbone."""
+    from effbench.calibration_set import rehearsal
     from effbench.datasets import resolve
     from effbench.models.choose import choose
     from effbench.records import Protocol
@@ -111,9 +112,13 @@ def _experiments(
     protocol = Protocol(**found.task.recommended | held | dict(image_size=tower.image_size))
     prepared = found.task.prepare(found.data, tower, protocol, live.progress)
     recipe = found.task.recipe(prepared)
+    available = found.data.sizes()["train"]
+    if protocol.data_share < 1:
+        available = round(available * protocol.data_share)
+    rehearsed = rehearsal(found.task, prepared, protocol, available)
     reasons = {}
     for tried, stack in enumerate(stacks, 1):
-        reasons[canonical(stack)] = _misfit(stack, found.task, recipe, tower, protocol)
+        reasons[canonical(stack)] = _misfit(stack, found.task, recipe, tower, protocol, rehearsed)
         live.progress(f"trying the methods on {tower}", tried, len(stacks))
     fitting = [spec for spec, reason in reasons.items() if not reason]
     left_out = {spec: reason for spec, reason in reasons.items() if reason}
@@ -128,18 +133,19 @@ def _experiments(
     return planned
 
 
-def _misfit(stack: tuple[Method, ...], task: Any, recipe: Any, tower: Any, protocol: Any) -> str:
+def _misfit(stack: tuple[Method, ...], task: Any, recipe: Any, tower: Any, protocol: Any, rehearsal: Any) -> str:
     """Why a backbone cannot take a stack; empty where it can."""
-    from effbench.arms import ArmPlan, testing_model, training_model
+    from effbench.arms import ArmPlan, settled, testing_model, training_model
 
     arm = ArmPlan("", stack)
     if arm.phase != "test" and (protocol.train == "none" or not protocol.epochs):
         return "it acts while training, but nothing is trained (options.train: locked or full)"
     try:
         if arm.during("train", "both"):
+            arm = settled(arm, task, recipe, tower, protocol, rehearsal)
             training_model(arm, task, recipe, tower, protocol)
         if arm.during("test"):
-            testing_model(arm, task, recipe, tower, protocol, {}, None)
+            testing_model(arm, task, recipe, tower, protocol, {}, rehearsal)
     except UsageError as error:
         return f"{error} ({error.hint})" if error.hint else str(error)
     return ""

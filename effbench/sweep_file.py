@@ -85,6 +85,7 @@ class Options(_Strict):
     lr: float = Field(None, gt=0)
     weight_decay: float = Field(None, ge=0)
     data_share: float = Field(None, gt=0, le=1)
+    dev_checks: int = Field(None, ge=1)
     threads: int = Field(None, ge=1)
     timing_batch: int = Field(None, ge=1)
     timing_pairs: int = Field(None, ge=0)

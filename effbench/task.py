@@ -165,7 +165,9 @@ class Task(ABC):
     def agreement(
         self, prepared: Any, split: str, baseline: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
     ) -> dict[str, Items]:
-        """How far an arm answers as the baseline does, per item in [0, 1]: 1 where both rank the same answer first.
+        """How far an arm answers as the baseline does, per item: 1 where both rank the same answer first, else 0.
+
+        Cosines of embeddings, in [-1, 1], have a name that ends in "_cosine".
 
         Args:
             baseline, outputs: concatenated predictions of both on a whole split.

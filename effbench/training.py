@@ -34,10 +34,11 @@ def schedule(done: float, warmup: float) -> float:
 def train(
     arms: list[Arm], seed: int, setting: Setting, sizes: dict[str, int], partial: Partial | None, save: Save
 ) -> Partial:
-    """Train all arms on the same batches; the epoch that is best on dev is kept.
+    """Train all arms on the same batches; the weights that are best on dev are kept.
 
     Returns:
-        by arm under "arms": "state" (what training changed), "losses" and "dev" (primary metric), one per epoch.
+        by arm under "arms": "state" (what training changed), "losses" (one per epoch) and "dev" (primary metric, as
+        many per epoch as the protocol says).
     """
     task, prepared, protocol = setting.task, setting.prepared, setting.protocol
     size = min(protocol.batch_size, sizes["train"])
@@ -90,13 +91,11 @@ def train(
                 now[arm.name] = dict(kept[arm.name], now=trained_state(arm.model), optimiser=updates.state_dict())
         return dict(index=index, arms=now, **kept_state(arms))
 
-    def end_of_epoch() -> None:
+    def check_on_dev() -> None:
         for arm in arms:
             if arm.error:
                 continue
             mine = kept[arm.name]
-            mine["losses"].append(mine["sum"] / per_epoch)
-            mine["sum"] = 0.0
             with engines[arm.name].whole(), randomness.swapped(arm):
                 value = reduce(metric, evaluate(arm, "dev", setting, sizes)[metric.items].values)
             mine["dev"].append(value)
@@ -110,9 +109,14 @@ def train(
     for index, results in steps(arms, "train", seed, range(start, total), fetch, work, setting):
         for name, result in results.items():
             kept[name]["sum"] += result["loss"]
-        if (index + 1) % per_epoch == 0:
+        done = index % per_epoch + 1
+        if done == per_epoch:
+            for mine in (kept[arm.name] for arm in arms if not arm.error):
+                mine["losses"].append(mine["sum"] / per_epoch)
+                mine["sum"] = 0.0
+        if done * protocol.dev_checks // per_epoch > (done - 1) * protocol.dev_checks // per_epoch:
             begin = setting.clock.now()
-            end_of_epoch()
+            check_on_dev()
             training_mode(arms)
             setting.seconds["other"] += setting.clock.now() - begin
         setting.live.advance(index + 1, columns(arms, setting, kept, metric.name))
@@ -129,9 +133,10 @@ def training_mode(arms: list[Arm]) -> None:
     """Train mode, but for frozen modules: they stay in eval mode, but for what is trained inside them."""
     for arm in arms:
         arm.model.train()
-        for modules, mode in ((arm.frozen, False), (arm.trained, True)):
-            for module in modules:
-                module.train(mode)
+        for parts, mode in ((arm.frozen, False), (arm.trained, True)):
+            for part in parts:
+                if isinstance(part, nn.Module):
+                    part.train(mode)
 
 
 def reduce(metric: Metric, values: np.ndarray) -> float:

@@ -69,6 +69,10 @@ def run(
     data_share: Annotated[
         float, typer.Option(min=0.001, max=1, help="Share of the training split.", rich_help_panel=Training)
     ] = 1.0,
+    dev_checks: Annotated[
+        int,
+        typer.Option(min=1, help="Looks at the dev split per epoch; the best one is kept.", rich_help_panel=Training),
+    ] = 1,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; default: all cores.", rich_help_panel=Timing)
     ] = None,
@@ -150,6 +154,7 @@ def run(
         weight_decay=weight_decay,
         seeds=seeds,
         data_share=data_share,
+        dev_checks=dev_checks,
         threads=threads,
         timing_batch=timing_batch,
         timing_pairs=timing_pairs,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from effbench.calibration_set import CalibrationSet
 from effbench.errors import EffbenchError, UsageError
 from effbench.measure.analytic import AnalyticCount, analytic, disagreement
 from effbench.measure.flops import FlopCount, flops
@@ -109,8 +110,6 @@ def _built(request: Request, methods: tuple[Method, ...]) -> dict[str, tuple[nn.
         classes = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
         if classes and hasattr(model, "reset_classifier"):  # timm's classifier, which a dual encoder leaves out
             model.reset_classifier(classes)
-    with torch.random.fork_rng(devices=[]):
-        _edit(model, methods, request.train)
     if not any(True for _ in model.parameters()):
         raise UsageError(
             f"{request.backbone} brings no tower that could be counted: its task builds the model",
@@ -123,26 +122,44 @@ def _built(request: Request, methods: tuple[Method, ...]) -> dict[str, tuple[nn.
         ids = torch.zeros(request.batch, context, dtype=torch.long)
         ids[:, -1] = getattr(model.text, "eos_id", None) or 1  # texts that end where the context does
         towers["text"] = (model.text, ids)
+    with torch.random.fork_rng(devices=[]):
+        _edit(model, towers, methods, request.train)
     return towers
 
 
-def _edit(model: nn.Module, methods: tuple[Method, ...], train: bool) -> None:
+def _edit(
+    model: nn.Module, towers: dict[str, tuple[nn.Module, Tensor]], methods: tuple[Method, ...], train: bool
+) -> None:
     acting = [method for method in methods if acts(method, train)]
     if not acting:
         return
     seen = view(model)
-    for method in acting:
-        method.edit_model(seen)
+    calibration = _calibration(towers)
     if not train:
         for method in acting:
-            method.finish(seen, None)
+            method.edit_model(seen)
+        for method in acting:
+            method.finish(seen, calibration)
         return
+    for i, method in enumerate(acting):
+        acting[i] = method.settle(seen, calibration)
+        acting[i].edit_model(seen)
     plan = TrainingPlan(seen, [], [])
     for method in acting:
         method.edit_training(plan)
-    for modules, trained in ((plan.frozen, False), (plan.trained, True)):
-        for module in modules:
-            module.requires_grad_(trained)
+    plan.set_gradients()
+
+
+def _calibration(towers: dict[str, tuple[nn.Module, Tensor]]) -> CalibrationSet:
+    """Two inputs of each tower: enough to count what a method chooses by data that are not here."""
+
+    def run(_: nn.Module, inputs: list[Tensor]) -> Tensor:
+        outputs = [tower(each) for (tower, _), each in zip(towers.values(), inputs, strict=True)]
+        return sum(output.square().mean() for output in outputs)
+
+    examples = [inputs[:1] for _, inputs in towers.values()]
+    pairs = [torch.randn(2, *x.shape[1:]) if x.is_floating_point() else x.repeat(2, 1) for x in examples]
+    return CalibrationSet(lambda: iter([pairs]), 2**31, run, run, thrifty=True)
 
 
 def _run(name: str, tower: nn.Module, inputs: Tensor, train: bool) -> TowerFlops:

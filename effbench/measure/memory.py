@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import io
 import multiprocessing
 import os
 import pickle
@@ -54,6 +55,26 @@ def process_peak() -> int:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of parameters, buffers and packed quantised weights; what shares storage counts once."""
     return _bytes(storages(weights(model)))
+
+
+def disk_bytes(model: nn.Module) -> int:
+    """Bytes of the model's state dict as torch.save writes it."""
+    counted = _Counted()
+    torch.save(model.state_dict(), counted)
+    return counted.bytes
+
+
+class _Counted(io.RawIOBase):
+    """A file that keeps nothing but its length."""
+
+    bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.bytes += len(data)
+        return len(data)
 
 
 def probe(

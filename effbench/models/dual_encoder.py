@@ -74,8 +74,8 @@ class DualEncoder(nn.Module):
             nn.init.eye_(self.bilinear.weight)  # starts as the cosine head
 
     def embed_features(self, features: Tensor) -> Tensor:
-        """Image features (batch, feature width) -> unit vectors (batch, embedding width)."""
-        x = F.normalize(self.projection(features), dim=-1)
+        """Image features (batch, feature width) -> unit vectors (batch, embedding width), in float32 throughout."""
+        x = F.normalize(self.projection(features.float()), dim=-1)
         return x if self.bilinear is None else self.bilinear(x)
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class DualEncoder(nn.Module):
 
     def embed_texts(self, tokens: Tensor) -> Tensor:
         """Token ids (batch, tokens) -> unit vectors (batch, embedding width)."""
-        return F.normalize(self.text_encoder(tokens), dim=-1)
+        return F.normalize(self.text_encoder(tokens).float(), dim=-1)
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
         """Contrastive loss of a batch of pairs, image and text (batch, embedding width) each, matching by row."""

@@ -74,7 +74,7 @@ class TextsInRows:
         x = self.token_embedding(ids.flatten()[rows.source]).to(dtype)
         x = x + F.embedding(rows.positions, self.positional_embedding).to(dtype)
         mask = rows.mask()
-        x = self.transformer.loop(self.transformer.resblocks, x, mask, is_causal=mask is None)
+        x = self.transformer(x, mask, is_causal=mask is None)
         x = self.ln_final(x.flatten(0, 1)[rows.last])
         if isinstance(self.text_projection, nn.Linear):
             return self.text_projection(x)

@@ -77,13 +77,14 @@ class OpenClipTransformer(BlockLoop, Transformer):
     def mlp_branch(block: nn.Module, tokens: Tensor) -> Tensor:
         return block.ls_2(block.mlp(block.ln_2(tokens)))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None:
             tokens = x.shape[1]
-            attn_mask = attn_mask[..., :tokens, :tokens].to(x.dtype)
+            attn_mask = attn_mask[..., :tokens, :tokens]
+            attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(x.dtype)
             if attn_mask.ndim == 3:  # (batch x heads, tokens, tokens)
                 attn_mask = attn_mask.unflatten(0, (x.shape[0], -1))
-        return self.loop(self.resblocks, x, attn_mask)
+        return self.loop(self.resblocks, x, attn_mask, is_causal)
 
 
 def _to_shared_attention(block: nn.Module) -> None:
@@ -123,12 +124,12 @@ def wrap_image(visual: nn.Module) -> Tower | None:
         loop,
         loop.resblocks,
         loop.width,
-        loop.resblocks[0].attn.num_heads,
         has_class_token=True,
         module=visual,
         patch=visual.patch_size[0],
         ignores_sizes=visual.attn_pool is not None or visual.pool_type != "tok",
         resize=partial(_resize, visual),
+        stem=visual.conv1,
     )
 
 
@@ -156,5 +157,4 @@ def wrap_text(text: nn.Module) -> Tower | None:
         return None
     _wrap(transformer, "OpenCLIP text tower")
     open_to_layouts(text)
-    heads = transformer.resblocks[0].attn.num_heads
-    return Tower("OpenCLIP text tower", transformer, transformer.resblocks, transformer.width, heads, False, text)
+    return Tower("OpenCLIP text tower", transformer, transformer.resblocks, transformer.width, False, text)

@@ -99,10 +99,10 @@ def wrap(model: nn.Module) -> Tower | None:
         model.blocks,
         model.blocks,
         model.embed_dim,
-        model.blocks[0].attn.num_heads,
         has_class_token=model.cls_token is not None,
         module=model,
         patch=model.patch_embed.feat_ratio() if hasattr(model.patch_embed, "feat_ratio") else 0,
         ignores_sizes=model.attn_pool is not None or not (model.global_pool == "token" or model.blocks.hands_out_sizes),
+        stem=model.patch_embed,
         resize=partial(_resize, model) if hasattr(model.patch_embed, "set_input_size") else None,
     )

@@ -7,7 +7,7 @@ attention and MLP, where no library hook reaches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +32,12 @@ class Tower:
     Attributes:
         name: the library's class, for messages.
         blocks: the library's blocks, in order.
-        width, heads: of the tokens and of the attention.
+        width: of the tokens.
         prefix: number of prefix tokens (class, registers).
         has_class_token: token 0 is a class token that the tower pools from or attends with.
         grid: (height, width) in patches, None for text.
         module: the library's module that holds the blocks.
+        stem: the part of it that the images enter, which makes patches of them; None for text.
         patch: side of a patch in pixels.
         ignores_sizes: the tokens are pooled without a look at their sizes, by attention or by the library alone.
         resize: lets the tower take its images at another side in pixels, scaling them itself; None where it cannot.
@@ -48,18 +49,18 @@ class Tower:
         loop: BlockLoop,
         blocks: Any,
         width: int,
-        heads: int,
         has_class_token: bool,
         module: nn.Module,
         patch: int = 0,
         resize: Callable[[int], None] | None = None,
         ignores_sizes: bool = False,
+        stem: nn.Module | None = None,
     ) -> None:
         self.name = name
+        self.stem = stem
         self.loop = loop
         self.blocks = blocks
         self.width = width
-        self.heads = heads
         self.has_class_token = has_class_token
         self.module = module
         self.patch = patch
@@ -69,6 +70,11 @@ class Tower:
     @property
     def prefix(self) -> int:
         return self.loop.prefix
+
+    @property
+    def heads(self) -> int:
+        """Of the attention in the first block."""
+        return self.blocks[0].attn.num_heads
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -81,6 +87,22 @@ class Tower:
     def patch_tokens(self) -> int:
         """Patch tokens that enter the first block."""
         return self.grid[0] * self.grid[1] if self.grid else 0
+
+    def keep_blocks(self, kept: Iterable[int]) -> None:
+        """Remove all blocks but some.
+
+        Args:
+            kept: 0-based indices.
+
+        Raises:
+            UsageError: no such block, or none is left.
+        """
+        wanted = sorted(set(kept))
+        if not wanted:
+            raise UsageError(f"no block of {self.name} would be left", "remove fewer")
+        blocks = [self._block(index) for index in wanted]
+        del self.blocks[:]
+        self.blocks.extend(blocks)
 
     def after_attention(self, block: int, edit: TokenEdit) -> None:
         """Place an edit between attention and MLP of a block.
