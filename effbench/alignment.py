@@ -150,7 +150,7 @@ class Alignment(Task):
 
 def cosine(one: Tensor, other: Tensor) -> np.ndarray:
     """Cosines of matching rows, (items, width) each: (items,) in [-1, 1]."""
-    return F.cosine_similarity(one.double(), other.double()).clamp(-1, 1).numpy()
+    return F.cosine_similarity(one.double(), other.double()).clamp(-1, 1).float().numpy()
 
 
 def best_answers(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
