@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from effbench.method import Method, TrainingPlan
@@ -111,19 +112,29 @@ def training_model(
 
 
 def settled(
-    arm: ArmPlan, task: Task, recipe: Any, backbone: Backbone, protocol: Protocol, calibration: CalibrationSet
+    arm: ArmPlan,
+    task: Task,
+    recipe: Any,
+    backbone: Backbone,
+    protocol: Protocol,
+    calibration: CalibrationSet,
+    charged: Callable[[Callable[[], Method]], Method] = lambda choose: choose(),
 ) -> ArmPlan:
-    """The arm with every choice made that its methods make on data before training (see `Method.settle`)."""
+    """The arm with every choice made that its methods make before training (see `Method.settle`).
+
+    Args:
+        charged: calls what it is given, and takes its time.
+    """
     from effbench.models.tower import view
 
     acting = arm.during("train", "both")
     if all(type(method).settle is Method.settle for method in acting):
         return arm
-    seen = view(task.build(recipe, backbone, protocol))
+    seen = view(task.build(recipe, backbone, protocol).to(protocol.device))
     chosen = []
     for method in arm.methods:
         if method in acting:
-            method = method.settle(seen, calibration)
+            method = charged(partial(method.settle, seen, calibration))
             method.edit_model(seen)
         chosen.append(method)
     return replace(arm, methods=tuple(chosen))
@@ -146,7 +157,7 @@ def testing_model(
     """
     from effbench.models.tower import ModelView, view
 
-    model = task.build(recipe, backbone, protocol)
+    model = task.build(recipe, backbone, protocol).to(protocol.device)
     seen = view(model) if arm.methods or arm.control == "identity" else ModelView(model, None, None)
     for method in arm.during("both"):
         method.edit_model(seen)

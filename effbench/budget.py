@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from effbench import randomness
-from effbench.arms import ArmPlan, testing_model
+from effbench.arms import ArmPlan, settled, testing_model
 from effbench.measure.flops import flops_of
 from effbench.method import Method
 from effbench.registry import methods
@@ -41,16 +41,18 @@ def image_work(
     0 where the task has no image tower.
     """
     randomness.seed_all(0)
+    plan = settled(plan, task, recipe, backbone, protocol, rehearsal)
     model = testing_model(plan, task, recipe, backbone, protocol, {}, rehearsal)
     part = task.parts(model).get("image")
     if part is None:
         return 0, model
     batch = task.batch(prepared, "test", np.arange(1), np.random.default_rng(0), pixels=False)
     batch["image"] = torch.randn(1, 3, protocol.image_size, protocol.image_size)
+    batch = {key: value.to(protocol.device) for key, value in batch.items()}
     inputs: list[Any] = []
     handle = part.register_forward_pre_hook(lambda _, given: inputs.append(given))
     with torch.no_grad():
-        task.predict(model, batch)
+        flops_of(lambda: task.predict(model, batch))  # runs it uncompiled: this model is thrown away
         handle.remove()
         return flops_of(lambda: part(*inputs[0]), part).work, model
 

@@ -107,6 +107,7 @@ def rehearsal(task: Task, prepared: Any, protocol: Protocol, available: int) -> 
     batch["image"] = torch.randn(
         2, 3, protocol.image_size, protocol.image_size, generator=torch.Generator().manual_seed(0)
     )
+    batch = {key: value.to(protocol.device) for key, value in batch.items()}
     return CalibrationSet(lambda: iter([dict(batch)]), available, task.predict, task.loss, thrifty=True)
 
 

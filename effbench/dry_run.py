@@ -13,14 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from effbench import randomness
-from effbench.arms import testing_model
+from effbench.arms import settled, testing_model
+from effbench.economics import look_steps
 from effbench.engine import optimiser
 from effbench.lockstep import Arm, Batch
 from effbench.measure.memory import process_peak, weight_bytes
+from effbench.method import Method
+from effbench.report.figures import mebibytes
 from effbench.timing import WARMUP
 from effbench.training import training_mode
 
 if TYPE_CHECKING:
+    from effbench.arms import ArmPlan
     from effbench.experiment import Experiment
 
 MIB = 2**20
@@ -48,7 +52,9 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
     trains = {arm.name: arm for arm in experiment.training_arms(protocol.seeds[0])} if experiment.trains else {}
     for plan in experiment.plans:
         randomness.seed_all(0)
-        model = testing_model(plan, task, experiment.recipe, experiment.backbone, protocol, {}, experiment.rehearsal)
+        build = (task, experiment.recipe, experiment.backbone, protocol)
+        settled_plan = settled(plan, *build, experiment.rehearsal)
+        model = testing_model(settled_plan, *build, {}, experiment.rehearsal)
         model = model.to(protocol.device)
         rng = np.random.default_rng(0)
         with torch.inference_mode():
@@ -69,22 +75,35 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
                 _time(training),
                 _time(testing),
                 _time(timing),
-                f"{weight_bytes(model) / MIB:.0f} MiB",
+                f"{mebibytes(weight_bytes(model))} MiB",
             ]
         )
+    per_epoch = sizes["train"] // min(protocol.batch_size, sizes["train"])
+    looks = len(look_steps(protocol.epochs, per_epoch, protocol.dev_checks)) if trains else 0
     header = ["arm", "kind", "trained by", "train", "test", "timing", "weights"]
     lines = [
         f"roughly {_time(total)} once the images are decoded, and {process_peak() / MIB:.0f} MiB of memory "
         "for the process that holds all arms",
         f"{experiment.data.name}: {sizes['train']} / {sizes['dev']} / {sizes['test']} images; {experiment.backbone}; "
-        f"epochs {protocol.epochs}, batch {protocol.batch_size}, train {protocol.train}, seeds {len(protocol.seeds)}",
+        f"epochs {protocol.epochs}, batch {protocol.batch_size}, train {protocol.train}, seeds {len(protocol.seeds)}, "
+        f"looks at dev per seed {looks}",
+    ]
+    choosing = [plan.name for plan in experiment.training_plans() if plan.name in trains and _chooses(plan)]
+    if choosing:
+        lines.append(f"not in it: the look at training data by which a method chooses layers ({', '.join(choosing)})")
+    lines += [
         "nothing was run; leave --dry-run out to run it",
     ]
     return header, rows, lines
 
 
+def _chooses(plan: ArmPlan) -> bool:
+    """Whether a method of the arm makes choices by a look at training data before it trains."""
+    return any(type(method).settle is not Method.settle for method in plan.during("train", "both"))
+
+
 def _training(experiment: Experiment, arm: Arm, per_image: float) -> float:
-    """Seconds of training, from one step; of the feature pass, from the test step's time per image."""
+    """Seconds of training, from one step; of the feature pass, from the test step's time per image; of looks at dev."""
     task, protocol, sizes = experiment.task, experiment.protocol, experiment.sizes
     size = min(protocol.batch_size, sizes["train"])
     cached = experiment.caches_features(arm)
@@ -104,9 +123,18 @@ def _training(experiment: Experiment, arm: Arm, per_image: float) -> float:
         adam.step()
         adam.zero_grad()
 
-    steps = protocol.epochs * (sizes["train"] // size) * len(protocol.seeds)
-    spent = _seconds(step) * size / probe * steps
-    return spent + (per_image * (sizes["train"] + sizes["dev"]) if cached else 0.0)
+    per_epoch = sizes["train"] // size
+    spent = _seconds(step) * size / probe * protocol.epochs * per_epoch
+    few = min(protocol.timing_batch, sizes["dev"])
+    look = _random_batch(experiment, "dev", few, None)
+    if cached:
+        del look["image"]
+        look["features"] = features.repeat(few // 2 + 1, 1)[:few]
+    arm.model.eval()
+    with torch.no_grad():
+        looking = _seconds(lambda: task.predict(arm.model, look)) * sizes["dev"] / few
+    spent += looking * len(look_steps(protocol.epochs, per_epoch, protocol.dev_checks))
+    return spent * len(protocol.seeds) + (per_image * (sizes["train"] + sizes["dev"]) if cached else 0.0)
 
 
 def _random_batch(experiment: Experiment, split: str, size: int, rng: np.random.Generator | None) -> Batch:

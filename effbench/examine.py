@@ -17,7 +17,7 @@ from effbench.measure.analytic import analytic_of, disagreement
 from effbench.measure.flops import FlopCount, flops_of
 from effbench.measure.kernels import kernels
 from effbench.measure.memory import disk_bytes, probe
-from effbench.measure.structure import structure
+from effbench.measure.structure import parameters, structure
 from effbench.memory_probe import Shapes, make_step, make_training_step
 from effbench.models.tower import view
 from effbench.training import training_mode
@@ -59,7 +59,7 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
             update=dict(analytic=None if formulas.without_formula else round(formulas.flops / pairs))
         ),
         tokens=tokens_per_layer(task.parts(arm.model).get("image", arm.model), step),
-        parameters=sum(p.numel() for p in arm.model.parameters()),
+        parameters=parameters(arm.model),
         weight_bytes=sum(there.dtypes.values()),
         disk_bytes=disk_bytes(arm.model),
         kernels=seen,
@@ -113,15 +113,14 @@ def _training_flops(experiment: Experiment, arm: Arm) -> records.Flops:
     batch = training_batch(experiment, arm, 2)
     cached = "features" in batch
     training_mode([arm])
-    parts = []
+    parts, once = [], 0
     if cached:
         image = batch.pop("image")
         with torch.no_grad():
-            parts.append(
-                (flops_of(lambda: task.frozen_features(arm.model, image), arm.model), experiment.protocol.epochs)
-            )
+            features = flops_of(lambda: task.frozen_features(arm.model, image), arm.model)
+        parts, once = [(features, experiment.protocol.epochs)], round(features.work / 2)
     parts.append((flops_of(lambda: task.loss(arm.model, batch).backward(), arm.model), 1))
-    return _flops(parts, 2)
+    return _flops(parts, 2).model_copy(update=dict(once=once))
 
 
 def training_batch(experiment: Experiment, arm: Arm, pairs: int) -> Batch:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -230,12 +230,21 @@ class Experiment:
                 continue
 
             def choose(partial: Partial | None = None, save: Any = None, plan: ArmPlan = plan) -> Partial:
-                self.live.note(f"{plan.name}, seed {seed}: choosing by a look at training data")
+                self.setting.live.stage(f"choices of {plan.name} before training, seed {seed}", 1)
                 randomness.seed_all(seed)
+                spent = 0.0
+
+                def charged(choose: Callable[[], Method]) -> Method:
+                    nonlocal spent
+                    method, seconds = self.setting.clock.timed(choose)
+                    spent += seconds
+                    return method
+
                 build = (self.task, self.recipe, self.backbone, self.protocol, self._calibration())
-                found, seconds = self.setting.clock.timed(lambda: settled(plan, *build))
-                row = dict(kind="step", seed=seed, phase="settle", index=0, arm=plan.name, seconds=seconds)
-                self.setting.rows.append(row | dict(head_seconds=seconds, data_wait=0.0, transfer=0.0))
+                found = settled(plan, *build, charged)
+                row = dict(kind="step", seed=seed, phase="settle", index=0, arm=plan.name, seconds=spent)
+                self.setting.rows.append(row | dict(head_seconds=spent, data_wait=0.0, transfer=0.0))
+                self.live.advance(1)
                 return dict(spec=canonical(found.methods), errors={})
 
             found = journal.phase(f"settle {seed} {plan.name}", choose) if journal else choose()

@@ -78,7 +78,8 @@ class Setting:
         rows: samples, appended to (see `effbench.samples`).
         live: shows progress (see `effbench.live`).
         meter: reads the energy used (see `effbench.measure.energy`); None where it cannot be read.
-        seconds: wall seconds of the loops ("loop") and, of them, "data", "compute" and "other" (dev, checkpoints).
+        seconds: wall seconds of the loops ("loop") and, of them, "data" and "compute"; beside them "other" (dev,
+            checkpoints).
     """
 
     task: Task
@@ -172,8 +173,10 @@ def steps(
             setting.rows.append(row | (result if isinstance(result, dict) else {}))
         seconds["data"] += moved - begin
         seconds["compute"] += sum(spent for _, spent, _ in results.values())
+        seconds["loop"] += clock.now() - begin
+        begin, before = clock.now(), seconds["other"]
         yield index, {name: result for name, (result, *_) in results.items()}
-        seconds["loop"] += clock.now() - begin  # with whatever the caller did between two steps
+        seconds["loop"] += clock.now() - begin - (seconds["other"] - before)  # what the caller did between two steps
 
 
 def _unchanged(work: Callable[[Arm, Batch, int], Any], arm: Arm, batch: Batch, index: int) -> Any:

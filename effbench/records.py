@@ -18,6 +18,7 @@ SCHEMA_VERSION = 2
 Text = Annotated[str, Field(max_length=4000)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -156,6 +157,9 @@ class Flops(Model):
     )
     unknown: tuple[Text, ...] = ()
     analytic: Count | None = Field(None, description="dense by the layers' formulas; None: a layer without a formula")
+    once: Count = Field(
+        0, description="of a training step: a feature pass per image, which dense and overhead spread over the epochs"
+    )
 
     @property
     def work(self) -> int:
@@ -251,7 +255,7 @@ class MetricValue(Model):
 class Versus(Model):
     """The primary metric of an arm beside that of a control at the same budget."""
 
-    control: Text = Field(description="random, grid or norm: the same tokens; resize: the same FLOPs")
+    control: Text = Field(description="random, grid or norm: the same tokens or blocks; resize: the same FLOPs")
     arms: tuple[Text, ...] = Field(description="names of the control's arms; of two, it lies between them")
     share: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="weight of the last of `arms`")
     value: Finite = Field(description="the control's metric")
@@ -276,6 +280,29 @@ class PerImage(Model):
     flops: Interval = Field(description="work of one image-caption pair at batch 1: mean, 5 % and 95 % quantile")
     batch: Count
     padded: Count = Field(description="work per pair in a batch of `batch`, padded to its longest")
+
+
+class Economics(Model):
+    """What an arm's own training cost, and what it brought; means over the seeds."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = Field(description="of the baseline's best dev quality, to be reached")
+    target: Finite | None = Field(
+        None, description="the primary metric on dev to be reached; None: the baseline is at chance"
+    )
+    best_dev: Finite = Field(description="the arm's best value of it")
+    seeds: Count
+    reached: Count = Field(description="seeds of which some look at dev came to the target")
+    seconds_to_target: Seconds | None = Field(
+        None, description="choices, feature pass, steps up to the look that came to it; None: not every seed did"
+    )
+    flops_to_target: Amount | None = Field(None, description="the same without the choices")
+    tuning_seconds: Seconds = Field(description="the whole training")
+    tuning_flops: Amount | None = None
+    saved_per_query: Finite | None = Field(
+        None, description="seconds that a timed test step saves per image-caption pair; negative: it costs more"
+    )
+    break_even: Amount | None = Field(None, description="queries after which they have paid for the whole training")
+    note: Text = Field("", description="why there is no target or no break-even")
 
 
 class Arm(Model):
@@ -322,8 +349,12 @@ class Arm(Model):
     versus: tuple[Versus, ...] = Field((), description="against controls at the same budget")
     interaction: Interaction | None = Field(None, description="of a stack whose parts are arms of the same record")
     per_image: PerImage | None = Field(None, description="where token counts depend on the image")
-    agreement: dict[str, Interval] = Field({}, description="with the baseline: shares of equal answers, and cosines (..._cosine)")
+    agreement: dict[str, Interval] = Field(
+        {}, description="with the baseline: shares of equal answers, and cosines (..._cosine)"
+    )
     losses: dict[str, tuple[Finite, ...]] = Field({}, description="mean training loss per epoch, by seed")
+    dev: dict[str, tuple[Finite, ...]] = Field({}, description="primary metric at each look at the dev split, by seed")
+    economics: Economics | None = Field(None, description="None: the arm trained nothing of its own")
     notes: tuple[Text, ...] = ()
     no_quality: Text = Field("", description="why its quality means nothing and is not shown; empty where it does")
 

@@ -11,6 +11,7 @@ import torch
 from effbench import calibrate, quality, records, speeds, versus
 from effbench.arms import judges
 from effbench.budget import is_rung, saves
+from effbench.economics import economics
 from effbench.examine import examine, memory
 from effbench.interaction import interaction
 from effbench.measure.environment import device_model
@@ -65,9 +66,8 @@ def record(
             facts |= seen | probed
             if not facts["no_quality"]:
                 facts |= _quality(experiment, arm.name, items, own is not None)
-            facts["losses"] = {
-                str(seed): tuple(part["arms"][arm.name]["losses"]) for seed, part in trained.items() if own is not None
-            }
+            for field in ("losses", "dev") if own is not None else ():
+                facts[field] = {str(seed): tuple(part["arms"][arm.name][field]) for seed, part in trained.items()}
             # against identity where a method edits the towers: a kernel change is not what the method takes away
             plain = parts.get("identity", parts["baseline"]) if arm.plan.methods else parts["baseline"]
             changed = {part for part, now in parts[arm.name].items() if arm.plan.methods and now != plain[part]}
@@ -81,9 +81,10 @@ def record(
         live.advance(place + 1)
     found = [_method_effect(arm, found, rows, experiment.batches) for arm in found]
     found = _judged(experiment, found, rows, items)
+    found = [_costed(experiment, arm, found[0], rows) for arm in found]
     created = datetime.now(UTC)
     seconds = setting.seconds
-    outside = seconds["loop"] - seconds["data"] - seconds["compute"] - seconds["other"]
+    outside = seconds["loop"] - seconds["data"] - seconds["compute"]
     noop = next(arm for arm in found if arm.control == "noop")
     why = _noise(noop, rows, experiment.batches) or _not_deterministic(items)
     more = dict(
@@ -185,6 +186,15 @@ def _method_effect(arm: records.Arm, arms: list[records.Arm], rows: pd.DataFrame
         return arm
     frames = (speeds.timed(rows, name, batches[0]) for name in (identity.name, arm.name))
     return arm.model_copy(update=dict(method_speedup=speeds.speedup(*frames, "seconds")))
+
+
+def _costed(experiment: Experiment, arm: records.Arm, baseline: records.Arm, rows: pd.DataFrame) -> records.Arm:
+    """An arm with what its training cost and brought."""
+    if arm.no_quality:
+        return arm
+    metric = experiment.task.primary_metric(experiment.prepared, "dev")
+    costs = economics(arm, baseline, rows, experiment.protocol, experiment.sizes, metric)
+    return arm.model_copy(update=dict(economics=costs))
 
 
 def _judged(

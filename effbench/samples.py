@@ -5,7 +5,8 @@ A row is one timed step of one arm (`kind` "step") or one per-item score ("item"
     kind           "step" or "item"
     arm            name of the arm
     seed           seed of the arm
-    phase          "train", "features", "quality", or "timing 16" with the batch size
+    phase          "settle" (a method's choices before training), "features", "train", "quality", or "timing 16" with
+                   the batch size
     index          steps: number of the step within arm, seed and phase, from 0; equal indices of two arms are a pair.
                    items: number of the item
     seconds        step: wall seconds of the arm's step, device synchronised on both sides

@@ -22,6 +22,7 @@ def split(rows: pd.DataFrame, first: float | None = None) -> records.TimeSplit |
     """
     if not len(rows):
         return None
+    steps = rows[rows["phase"] != "settle"]
     spent = {part: float(rows[f"{part}_seconds"].sum()) for part in PARTS}
     compute, wait, transfer = (float(rows[column].sum()) for column in ("seconds", "data_wait", "transfer"))
     return records.TimeSplit(
@@ -31,8 +32,8 @@ def split(rows: pd.DataFrame, first: float | None = None) -> records.TimeSplit |
         compute=compute,
         settle=rows.loc[rows["phase"] == "settle", "seconds"].sum(),
         features=rows.loc[rows["phase"] == "features", "seconds"].sum(),
-        first_step=rows["seconds"].iloc[0] if first is None else first,
-        steps=len(rows),
+        first_step=steps["seconds"].iloc[0] if first is None else first,
+        steps=len(steps),
         **spent,
     )
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from effbench import randomness
 from effbench.arms import trained_state
+from effbench.economics import look_steps
 from effbench.engine import engine
 from effbench.errors import EffbenchError
 from effbench.lockstep import Arm, Batch, Partial, Save, Setting, columns, inputs, kept_state, restore, steps
@@ -44,6 +45,7 @@ def train(
     size = min(protocol.batch_size, sizes["train"])
     per_epoch = sizes["train"] // size
     total = protocol.epochs * per_epoch
+    looks = set(look_steps(protocol.epochs, per_epoch, protocol.dev_checks))
     metric = task.primary_metric(prepared, "dev")
     kept: dict[str, dict[str, Any]] = {arm.name: dict(sum=0.0, losses=[], dev=[], state={}) for arm in arms}
     if partial:
@@ -109,12 +111,11 @@ def train(
     for index, results in steps(arms, "train", seed, range(start, total), fetch, work, setting):
         for name, result in results.items():
             kept[name]["sum"] += result["loss"]
-        done = index % per_epoch + 1
-        if done == per_epoch:
+        if (index + 1) % per_epoch == 0:
             for mine in (kept[arm.name] for arm in arms if not arm.error):
                 mine["losses"].append(mine["sum"] / per_epoch)
                 mine["sum"] = 0.0
-        if done * protocol.dev_checks // per_epoch > (done - 1) * protocol.dev_checks // per_epoch:
+        if index + 1 in looks:
             begin = setting.clock.now()
             check_on_dev()
             training_mode(arms)

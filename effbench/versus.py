@@ -1,4 +1,4 @@
-"""An arm's quality beside that of a blind control at the same budget: the same tokens, or the same FLOPs."""
+"""An arm's quality beside that of a blind control at the same budget: the same tokens or blocks, or the same FLOPs."""
 
 from __future__ import annotations
 

@@ -43,9 +43,7 @@ class RandomTokenDrop(Method):
 
     def edit_training(self, plan: TrainingPlan) -> None:
         tower = plan.model.image
-        still = {id(p) for module in plan.frozen for p in module.parameters()}
-        still -= {id(p) for module in plan.trained for p in module.parameters()}
-        if all(id(p) in still for p in tower.module.parameters()):
+        if plan.freezes_all_of(tower.module):
             raise UsageError(
                 "random_token_drop makes the training of the image tower cheaper, and nothing of it is trained",
                 "use --train full",

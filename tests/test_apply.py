@@ -19,6 +19,8 @@ MODELS = {
     "openclip": clip,
 }
 NOOP = {
+    "channel_prune": "ratio=0.001",  # no width is nearer to a smaller multiple of round_to
+    "layer_prune": "drop=0",
     "token_merge": "r=0",
     "token_prune": "keep=1,at=1/2,score=norm",
     "patch_pool": "side=1,at=1",
@@ -83,7 +85,8 @@ def compiles(name, spec):
 def test_every_training_free_method_has_its_no_op_here():
     free = {name for name in methods.names() if methods.get(name)().phase == "test"}
     built_in = {name for name in free if methods.get(name).__module__.startswith("effbench_methods.")}
-    assert built_in == set(NOOP)
+    # these change how numbers are held or run, so none of their parameters changes nothing; see their own tests
+    assert built_in - {"compile", "precision", "quantize"} == set(NOOP)
 
 
 @pytest.mark.parametrize("name, spec", cases(LOSSLESS))

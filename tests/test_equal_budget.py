@@ -78,7 +78,7 @@ def page_line(text, start):
 
 def test_the_page_says_first_who_beats_the_controls_and_who_does_not():
     text = leaderboard.render([judged()], [])
-    assert "- **Beat random at equal tokens (2 of 3):** merge+pack, merge. **No difference shown:** adaptive." in text
+    assert "- **Beat random at an equal budget (2 of 3):** merge+pack, merge. **No difference" in text
     assert (
         "- **Beat resize at equal FLOPs (2 of 3):** merge+pack, window. **Worse:** merge. "
         "**No resize at equal FLOPs:** adaptive." in text
@@ -88,7 +88,7 @@ def test_the_page_says_first_who_beats_the_controls_and_who_does_not():
 def test_each_method_stands_beside_its_controls():
     text = leaderboard.render([judged()], []).split("**Against controls at the same budget**")[1]
     assert page_line(text, "| arm").split(" | ")[2:] == [
-        "random (same tokens)", "advantage over random", "norm (same tokens)", "advantage over norm",
+        "random (same budget)", "advantage over random", "norm (same budget)", "advantage over norm",
         "resize (same FLOPs)", "advantage over resize |",
     ]  # fmt: skip
     assert page_line(text, "| merge |") == (

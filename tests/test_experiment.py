@@ -275,8 +275,9 @@ def test_an_arm_is_the_same_alone_and_beside_others(record, data, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """Runs that nothing interrupts, by how they train."""
-    return {train: run(data, tmp_path_factory.mktemp(train), [LEARNED], timing_pairs=2, train=train) for train in TRAIN}
+    """Runs that nothing interrupts, by how they train; dev is looked at after steps 2 and 3 of each epoch."""
+    options = dict(timing_pairs=2, dev_checks=2)
+    return {train: run(data, tmp_path_factory.mktemp(train), [LEARNED], train=train, **options) for train in TRAIN}
 
 
 @pytest.mark.parametrize("train, stop", [("locked", 2), ("locked", 7), ("locked", 11), ("full", 7)])
@@ -284,7 +285,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(whole, data, tmp_path, monkeypa
     """Interrupted in any phase, with a checkpoint after every step: losses, ranks and samples are the same."""
     from effbench import lockstep
 
-    options = dict(methods=[LEARNED], timing_pairs=2, train=train, checkpoint_every=0.0)
+    options = dict(methods=[LEARNED], timing_pairs=2, train=train, dev_checks=2, checkpoint_every=0.0)
     turns = [0]
     original = lockstep.turn
 
@@ -301,7 +302,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(whole, data, tmp_path, monkeypa
     assert turns[0] > stop and cut.provenance.resumed == 1
     for arm in whole[train].arms:
         other = cut.arm(arm.name)
-        assert other.losses == arm.losses
+        assert other.losses == arm.losses and other.dev == arm.dev
+        assert {len(seen) for seen in arm.dev.values()} == ({4} if arm.train_time else set())
         assert {k: m.by_seed for k, m in other.metrics.items()} == {k: m.by_seed for k, m in arm.metrics.items()}
     steps = effbench.load(tmp_path, samples=True)
     steps = steps[steps["kind"] == "step"]
@@ -309,6 +311,49 @@ def test_a_killed_run_ends_as_if_it_had_not_been(whole, data, tmp_path, monkeypa
     assert set(steps["phase"]) == {"train", "quality", "timing 8", "timing 1"} | (
         {"features"} if train == "locked" else set()
     )
+
+
+def test_the_best_look_at_dev_is_kept_and_costed(data, tmp_path, monkeypatch):
+    """Four looks of which the second is best: its weights are tested, and the target is reached at it."""
+    from effbench import experiment, training
+
+    values, seen, found = (10.0, 300.0, 200.0, 300.0), {}, {}  # far above what chance is on six images
+    original, train = training.evaluate, training.train
+
+    def evaluate(arm, *args):
+        seen.setdefault(arm.name, []).append({key: value.clone() for key, value in arm.model.state_dict().items()})
+        training.look = len(seen[arm.name])
+        return original(arm, *args)
+
+    def kept(*args):
+        return found.setdefault("kept", train(*args))
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    monkeypatch.setattr(training, "look", 0, raising=False)
+    monkeypatch.setattr(training, "reduce", lambda *args: values[training.look - 1])
+    monkeypatch.setattr(experiment, "train", kept)
+    record = run(data, tmp_path, [LEARNED], dev_checks=2)
+    steps = effbench.load(tmp_path, samples=True)
+    for name in ("baseline", LEARNED):
+        arm, state = record.arm(name), found["kept"]["arms"][name]["state"]
+        assert arm.dev == {"0": values} and len(seen[name]) == 4
+        assert state and all(torch.equal(value, seen[name][1][key]) for key, value in state.items())
+        assert any(not torch.equal(value, seen[name][3][key]) for key, value in state.items())
+        costs, own = arm.economics, steps[steps["arm"] == name]
+        assert (costs.target, costs.best_dev, costs.reached, costs.seeds) == (285.0, 300.0, 1, 1)
+        passed = own.loc[own["phase"] == "features", "seconds"].sum()
+        trained = own[own["phase"] == "train"].set_index("index")["seconds"]
+        assert costs.seconds_to_target == pytest.approx(passed + trained.loc[:2].sum())  # three of six steps
+        assert costs.tuning_seconds == pytest.approx(passed + trained.sum()) and len(trained) == 6
+        step = arm.train_flops
+        # the learned scorer sits inside the tower, whose features then change with every step
+        assert (step.once > 0) == (name == "baseline") == bool(passed)
+        head, pairs = step.work - step.once / 2, 3 * 8
+        assert costs.flops_to_target == pytest.approx(step.once * (24 + 6) + head * pairs)
+        assert costs.tuning_flops == pytest.approx(step.once * (24 + 6) + head * 2 * pairs)
+    assert record.baseline().economics.break_even is None
+    assert all(arm.economics is None for arm in record.arms if arm.train_time is None)
+    assert "speed-up to target" in (tmp_path / "README.md").read_text()
 
 
 def test_another_number_of_threads_does_not_resume(data, tmp_path, monkeypatch):
@@ -362,6 +407,27 @@ def test_dry_run_writes_nothing(data, tmp_path, capsys):
     assert run(data, tmp_path / "out", dry_run=True) is None
     shown = capsys.readouterr().out
     assert METHOD in shown and "MiB of memory" in shown and not (tmp_path / "out").exists()
+
+
+def test_dry_run_counts_the_looks_at_dev(data, tmp_path, monkeypatch):
+    """With every step taken to last a second, each further look lasts as long as the dev split has batches."""
+    from effbench import dry_run
+
+    monkeypatch.setattr(dry_run, "_seconds", lambda step: step() and None or 1.0)
+    monkeypatch.setattr(dry_run, "_time", str)
+    found = {}
+    monkeypatch.setattr(dry_run, "show", lambda experiment, _: found.update(rows=dry_run.estimate(experiment)))
+
+    def training_seconds(**options):
+        run(data, tmp_path, [LEARNED], dry_run=True, **options)
+        header, rows, lines = found["rows"]
+        assert any(f"looks at dev per seed {2 * options['dev_checks']}" in line for line in lines)
+        return {row[0]: float(row[header.index("train")]) for row in rows}
+
+    for train in TRAIN:
+        one, three = (training_seconds(dev_checks=checks, seeds=2, train=train) for checks in (1, 3))
+        # 2 seeds x 2 epochs x 2 more looks at 6 images, which are timed as one batch
+        assert three["baseline"] - one["baseline"] == three[LEARNED] - one[LEARNED] == pytest.approx(8)
 
 
 @pytest.mark.parametrize(

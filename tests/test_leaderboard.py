@@ -12,6 +12,7 @@ from effbench import store
 from effbench.errors import EffbenchError
 from effbench.records import (
     Arm,
+    Economics,
     Envelope,
     Flops,
     Interval,
@@ -184,7 +185,9 @@ def test_train_speedup_is_not_claimed_for_the_baselines_own_weights():
 
 
 def test_hostile_text_stays_text():
-    arm = make_arm(EVIL, EVIL, notes=(EVIL,), status="FAILED", error=EVIL)
+    costs = Economics(share=0.95, best_dev=1e308, seeds=1, reached=0, tuning_seconds=1e308, break_even=1e308, note=EVIL)
+    evil = dict(economics=costs, agreement={f"{EVIL}_cosine": Interval(value=0.5)})
+    arm = make_arm(EVIL, EVIL, notes=(EVIL,), status="FAILED", error=EVIL, **evil)
     record = make_record(arms=(arm,), task=EVIL, data=EVIL, notes=("https://evil.example @all $x$ ~~~", "- # x"))
     provenance = record.provenance.model_copy(update=dict(command="x```\n<b>\u202e"))
     record = record.model_copy(update=dict(provenance=provenance))

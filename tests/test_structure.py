@@ -6,7 +6,7 @@ from torch import nn
 import effbench
 from effbench.examine import tokens_per_layer
 from effbench.measure.memory import weight_bytes
-from effbench.measure.structure import masked_tokens, structure, trained_layers
+from effbench.measure.structure import masked_tokens, parameters, structure, trained_layers
 from effbench.models.token_state import TokenEdit
 from effbench.models.tower import view
 from effbench.records import Flops
@@ -125,3 +125,12 @@ def test_what_is_not_masking():
     assert masked_tokens((9,) * 2, (17,) * 4, ("tokens",), DENSE, DENSE) == ""
     assert masked_tokens((17,), (17,), (), Flops(dense=10, useful=None), DENSE) == ""
     assert masked_tokens((), (), ("tokens",), None, None) == ""
+
+
+def test_parameters_count_what_packed_weights_stand_for():
+    vit = tiny.vit
+    plain = parameters(vit())
+    assert plain == sum(p.numel() for p in vit().parameters())
+    for spec in ("quantize", "quantize:weight_only", "precision:bf16"):
+        assert parameters(effbench.apply(vit(), spec)) == plain
+    assert parameters(effbench.apply(vit(embed_dim=96), "quantize:int4")) == parameters(vit(embed_dim=96))

@@ -9,6 +9,7 @@ from test_store import make_record
 from effbench import records
 from effbench.records import (
     Calibration,
+    Economics,
     Energy,
     Flops,
     Interval,
@@ -19,7 +20,7 @@ from effbench.records import (
     TimeSplit,
     Timing,
 )
-from effbench.report import figures, leaderboard, show
+from effbench.report import figures, leaderboard, show, training_costs
 
 PLAIN, FUSED = Kernels(attention={"library fast path": 12}, threads=2), Kernels(attention={"sdpa:flash": 12}, threads=2)
 
@@ -69,7 +70,11 @@ def whole():
             Timing(batch=1, seconds=0.03, speedup=ratio(0.7, "SLOWER")),
             Timing(batch=16, seconds=0.22, speedup=ratio(1.43)),
         ),
-        agreement={"t2i_top1": Interval(value=0.875, low=0.8, high=0.9, n=10)},
+        agreement={
+            "t2i_top1": Interval(value=0.875, low=0.8, high=0.9, n=10),
+            "image_cosine": Interval(value=0.99874, low=0.99712, high=0.99931, n=10),
+        },
+        disk_bytes=3 * 2**20,
         tokens=(197, 197),
     )
     calibration = Calibration(
@@ -102,9 +107,9 @@ def whole():
         "| 360 | 300 | 30.0 | 20.0 |",
         "197, masked, not removed",
         "2.00 ≠",  # the two counts differ
-        "50 %",
-        "fp32 1.00, int8 1.00",
-        "87.5 % [80.0, 90.0]",
+        "fp32 1.00, int8 1.00 | 3.00 | 50.0 % |",  # dtypes, disk, quantised
+        "| agrees in t2i_top1 | image cosine |",
+        "87.5 % [80.0, 90.0] | 0.9987 [0.9971, 0.9993]",
         "energy from RAPL package",
         "300 A/A trials of 30 pairs (timm:tiny, batch 1): 95 % within 2.1 %, 95.7 % of intervals hold 1; 1 false",
         "timed 30 pairs, intervals within +-9.1 %",
@@ -182,3 +187,101 @@ def test_nothing_is_realised_of_no_promise():
 
 def test_near_one_the_third_digit_counts():
     assert figures.ratio(Speedup(value=0.987, low=0.969, high=1.004, verdict="AMBIGUOUS")) == "0.987x [0.969, 1.004]"
+
+
+def test_cosines_only_of_the_baselines_own_weights():
+    arm = whole().arms[2]
+    trained = (dict(phase="both"), dict(train_time=TimeSplit(total=1.0)))
+    assert figures.agreement(arm, "image_cosine") == "0.9987 [0.9971, 0.9993]"
+    for changes in trained:
+        assert figures.agreement(arm.model_copy(update=changes), "image_cosine") == figures.NONE
+        assert figures.agreement(arm.model_copy(update=changes), "t2i_top1") == "87.5 % [80.0, 90.0]"
+
+
+@pytest.mark.parametrize("share, text", [(1.0, "100 %"), (0.9996, "99.9 %"), (0.4966, "49.7 %")])
+def test_all_is_quantised_only_where_all_is(share, text):
+    assert figures.quantised(share) == text
+
+
+def trained(**changes):
+    """A record whose method trains of its own, beside a control that does."""
+    base = Economics(
+        share=0.95,
+        target=45.6,
+        best_dev=48.0,
+        seeds=2,
+        reached=2,
+        seconds_to_target=30.0,
+        flops_to_target=3e12,
+        tuning_seconds=60.0,
+        tuning_flops=6e12,
+    )
+    fields = dict(seconds_to_target=20.0, flops_to_target=1.5e12, tuning_seconds=41.0, tuning_flops=3e12)
+    own = base.model_copy(update=fields | dict(best_dev=47.0, saved_per_query=0.0085, break_even=4823.5) | changes)
+    baseline, identity, method = whole().arms
+    time = TimeSplit(total=60.0, compute=60.0, settle=2.5, head=10.0, first_step=1.0, steps=10)
+    arms = [baseline.model_copy(update=dict(economics=base)), identity.model_copy(update=dict(economics=base))]
+    arms.append(method.model_copy(update=dict(economics=own, phase="both", train_time=time)))
+    return make_record(arms=tuple(arms))
+
+
+def test_what_training_costs_stands_in_a_table_of_its_own():
+    text = leaderboard.render([trained()], [])
+    head = "| arm | best dev t2i_r10 | target (95 % of the baseline's best) | s to target | speed-up to target |"
+    assert f"{head} TFLOPs to target | tuning s | tuning TFLOPs | saved per query ms | break-even queries |" in text
+    assert "| prune | 47.0 | 45.6 | 20.0 | 1.50x | 1.50 | 41.0 | 3.00 | +8.50 | 4,820 |" in text
+    assert "| **baseline** | 48.0 | 45.6 | 30.0 | — | 3.00 | 60.0 | 6.00 | — | — |" in text
+    part = text[text.index("Where training time goes") :]
+    assert "| of it choosing layers |" in part and "| 2.50 |" in part
+
+
+def test_costs_that_are_not_there_say_why():
+    missing = dict(seconds_to_target=None, flops_to_target=None, break_even=None, saved_per_query=-0.001)
+    text = leaderboard.render([trained(**missing, reached=1, note="the test speed-up is SLOWER <b>|")], [])
+    row = "| prune | 47.0 | 45.6 | 1 of 2 seeds | — | — | 41.0 | 3.00 | -1.00 | the test speed-up is SLOWER"
+    assert f"{row} &lt;b&gt;\\| |" in text
+    assert "not reached" in leaderboard.render([trained(**missing, reached=0)], [])
+
+
+def test_where_only_the_baseline_trains_there_is_no_such_table():
+    record = trained()
+    record = record.model_copy(update=dict(arms=(*record.arms[:2], whole().arms[2])))
+    assert "What training costs, and when" not in leaderboard.render([record], [])
+    assert "break-even" not in printed(record)
+
+
+def printed(record, width=100):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))
+    show.print_record(record, console)
+    return console.export_text()
+
+
+def test_the_terminal_shows_what_training_costs():
+    text = printed(trained())
+    assert "Training (target: dev t2i_r10 45.6, 95 % of the baseline's best)" in text
+    line = next(line for line in text.splitlines() if "4,820" in line)
+    assert line.split() == ["prune", "47.0", "20.0", "1.50x", "1.50", "41.0", "3.00", "+8.50", "4,820"]
+    assert max(map(len, text.splitlines())) <= 100
+    text = printed(trained(break_even=None, note="no break-even: \x1b[31mSLOWER [red]x[/red]"))
+    assert "prune: no break-even: [31mSLOWER [red]x[/red]" in text and "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0.0, "0"), (4823.5, "4,820"), (999_999.0, "1 million"), (1.2345e9, "1.23 billion"), (1e300, "1e+300")],
+)
+def test_queries_are_readable(value, text):
+    assert training_costs.queries(trained(break_even=value).arms[-1].economics) == text
+
+
+def test_an_old_record_has_no_economics_and_is_shown():
+    old = trained().model_dump(mode="json")
+    for arm in old["arms"]:
+        for field in ("economics", "dev", "disk_bytes"):
+            del arm[field]
+        arm["train_flops"] = dict(dense=7, useful=7)
+    record = records.Record.model_validate(old)
+    assert record.arms[-1].economics is None and record.arms[-1].dev == {} and record.arms[-1].train_flops.once == 0
+    text = leaderboard.render([record], [])
+    assert "What training costs, and when" not in text and "disk MiB |" not in text and "| prune |" in text
+    assert "prune" in printed(record)

@@ -105,7 +105,7 @@ def run(
         str,
         typer.Option(
             metavar="NAME/...",
-            help="Judges to add: random, grid, norm (same tokens), resize (same FLOPs), part (of a stack); or none.",
+            help="Judges: random, grid, norm (same tokens or blocks), resize (same FLOPs), part (of a stack); or none.",
             rich_help_panel=What,
         ),
     ] = "random/resize/part",

@@ -136,8 +136,9 @@ def _edit(
     seen = view(model)
     calibration = _calibration(towers)
     if not train:
-        for method in acting:
-            method.edit_model(seen)
+        for i, method in enumerate(acting):
+            acting[i] = method.settle(seen, calibration) if method.phase == "both" else method
+            acting[i].edit_model(seen)
         for method in acting:
             method.finish(seen, calibration)
         return

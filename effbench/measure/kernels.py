@@ -149,7 +149,9 @@ def _precision(namespace: str, words: set[str], operands: list[Tensor]) -> str:
     """
     if namespace in ("quantized", "onednn"):
         return "fp16" if "fp16" in words else "int8"
-    names = (dtype_name(operand.dtype) for operand in operands)
+    names = [dtype_name(operand.dtype) for operand in operands]
+    if "int4pack" in words:  # several to a byte or word
+        names[1:] = ["int4"]
     return " x ".join(dict.fromkeys("int8" if name == "uint8" else name for name in names))
 
 

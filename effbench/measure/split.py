@@ -17,13 +17,16 @@ class Split:
 
     Args:
         parts: modules by name, e.g. "image" and "text"; their forward passes are timed.
-        model: its modules that are a method's overhead (`is_overhead`) make the part "overhead".
+        model: its modules that are a method's overhead (`is_overhead`) make the part "overhead"; not those within a
+            compiled module, where a hook would break the graph: there they are part of the tower.
     """
 
     def __init__(self, parts: dict[str, nn.Module], model: nn.Module, clock: Clock) -> None:
         self.clock = clock
         self.modules = list(parts.items())
-        self.modules += [("overhead", m) for m in model.modules() if getattr(type(m), "is_overhead", False)]
+        inside = {m for c in model.modules() if c._compiled_call_impl is not None for m in c.modules() if m is not c}
+        own = [m for m in model.modules() if getattr(type(m), "is_overhead", False)]
+        self.modules += [("overhead", m) for m in own if m not in inside]
         self.marks: list[tuple[str, Any]] = []
         self.open: list[str] = []
 

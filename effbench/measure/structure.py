@@ -36,6 +36,21 @@ def structure(model: nn.Module, trained: nn.Module | None = None) -> Structure:
     )
 
 
+def parameters(model: nn.Module) -> int:
+    """Number of parameters; of a linear layer that packs its weight, the numbers that it stands for."""
+    held = {id(p): p.numel() for p in model.parameters()}
+    packed = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight = dict(module.named_parameters(recurse=False)).get("weight")
+            whole = module.in_features * module.out_features
+            if weight is None:
+                packed += whole
+            elif _low_bit(weight.dtype):
+                held[id(weight)] = whole
+    return sum(held.values()) + packed
+
+
 def trained_layers(model: nn.Module) -> tuple[str, ...]:
     """The largest parts of a model that are trained as a whole; equal parts of several blocks are one entry.
 
@@ -116,23 +131,30 @@ def _bytes(model: nn.Module) -> dict[str, int]:
 def _quantised_share(model: nn.Module) -> float:
     low = total = 0
     seen = set()
-    for weight in _weights(model):
+    for weight, count in list(_weights(model)):  # all held, so that no storage's address is used twice
         storage = next(plain(weight)).untyped_storage()._cdata
         if storage not in seen:
             seen.add(storage)
-            total += weight.numel()
-            low += weight.numel() * any(_low_bit(part.dtype) for part in plain(weight))
+            total += count
+            low += count * any(_low_bit(part.dtype) for part in plain(weight))
     return low / total if total else 0.0
 
 
-def _weights(model: nn.Module) -> Iterator[Tensor]:
-    """Weights of linear layers, attention projections and convolutions, packed ones of torch.ao unpacked."""
+def _weights(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
+    """Weights of linear layers, attention projections and convolutions, and how many numbers each holds."""
     for module in model.modules():
         if isinstance(module, LINEAR):
-            yield from (p for p in module.parameters(recurse=False) if p.ndim > 1)
-    for leaf in tree_leaves(model.state_dict()):
+            own = list(module.parameters(recurse=False))
+            if isinstance(module, nn.Linear) and not any(p.ndim > 1 for p in own):
+                own = tree_leaves(module.state_dict())  # it packs its weight, and unpacks it to be saved
+            for weight in own:
+                if isinstance(weight, Tensor) and weight.ndim > 1:
+                    # several numbers of less than a byte may share one
+                    packed = isinstance(module, nn.Linear) and _low_bit(weight.dtype)
+                    yield weight, module.in_features * module.out_features if packed else weight.numel()
+    for leaf in tree_leaves(model.state_dict()):  # torch.ao's
         if isinstance(leaf, Tensor) and leaf.is_quantized and leaf.ndim > 1:
-            yield leaf
+            yield leaf, leaf.numel()
 
 
 def _low_bit(dtype: torch.dtype) -> bool:

@@ -89,10 +89,10 @@ class Tower:
         return self.grid[0] * self.grid[1] if self.grid else 0
 
     def keep_blocks(self, kept: Iterable[int]) -> None:
-        """Remove all blocks but some.
+        """Remove all blocks but some, in place; the keys of the state_dict count those that are left from 0.
 
         Args:
-            kept: 0-based indices.
+            kept: 0-based indices; they stay in the tower's order.
 
         Raises:
             UsageError: no such block, or none is left.
@@ -103,6 +103,8 @@ class Tower:
         blocks = [self._block(index) for index in wanted]
         del self.blocks[:]
         self.blocks.extend(blocks)
+        if hasattr(self.loop, "layers"):  # as OpenCLIP's Transformer counts them
+            self.loop.layers = len(blocks)
 
     def after_attention(self, block: int, edit: TokenEdit) -> None:
         """Place an edit between attention and MLP of a block.
@@ -317,6 +319,7 @@ def check_block(loop: BlockLoop, block: nn.Module, width: int, name: str, conver
     with torch.no_grad():
         expected = block(x)
         convert(block)
+        block.eval()  # the shared attention too, whose dropout would be on
         block.register_module("token_edit", None)
         block.register_module("token_bypass", None)
         y = x + loop.attention_branch(block, TokenState(x))[0]

@@ -9,8 +9,8 @@ from effbench.report import figures
 from effbench.report.markdown import escape, table
 from effbench.report.tables import Row, name
 
-BUDGETS = {"random": "same tokens", "grid": "same tokens", "norm": "same tokens", "resize": "same FLOPs"}
-ANSWERED = {"random": "at equal tokens", "resize": "at equal FLOPs"}
+BUDGETS = {"random": "same budget", "grid": "same budget", "norm": "same budget", "resize": "same FLOPs"}
+ANSWERED = {"random": "at an equal budget", "resize": "at equal FLOPs"}
 EQUAL = 0.01  # FLOPs that differ by less are the same
 
 
@@ -21,11 +21,11 @@ def controls_of(arms: Iterable[Arm]) -> list[str]:
 
 
 def against(arm: Arm, record: Record, control: str, text: Callable[[Versus], str]) -> str:
-    """`text` of an arm's comparison with a control; n/a at equal tokens where it takes none away."""
+    """`text` of an arm's comparison with a control; n/a at an equal budget where it takes none away."""
     found = [text(each) for each in arm.versus if each.control == control]
     if found:
         return "; ".join(found)
-    whole = BUDGETS.get(control) == "same tokens" and arm.tokens and arm.tokens == record.baseline().tokens
+    whole = BUDGETS.get(control) == "same budget" and arm.tokens and arm.tokens == record.baseline().tokens
     return "n/a" if whole else figures.NONE
 
 
@@ -64,7 +64,7 @@ def section(rows: list[Row]) -> str:
 
 
 def _answer(rows: list[Row], control: str) -> str:
-    """`- Beat random at equal tokens (1 of 4): a. No difference shown: b, c. Worse: d.`"""
+    """`- Beat random at an equal budget (1 of 4): a. No difference shown: b, c. Worse: d.`"""
     groups: dict[str, list[str]] = {"BETTER": [], "NO DIFFERENCE SHOWN": [], "WORSE": [], "unequal": []}
     for row in rows:
         found = [each for each in row.arm.versus if each.control == control]

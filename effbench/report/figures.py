@@ -127,6 +127,28 @@ def share(figure: Interval | None) -> str:
     return NONE if figure is None else f"{100 * figure.value:.1f} %{bounds(figure, 100, 1)}"
 
 
+def agreement(arm: Arm, name: str) -> str:
+    """Agreement with the baseline: a share as per cent, a cosine as a number.
+
+    Cosines only of arms with the baseline's own weights: other weights give other embeddings, as good or not.
+    """
+    figure = arm.agreement.get(name)
+    if not is_cosine(name) or figure is None:
+        return share(figure)
+    if arm.phase != "test" or arm.train_time is not None:
+        return NONE
+    return f"{figure.value:.4f}{bounds(figure, digits=4)}"
+
+
+def is_cosine(name: str) -> bool:
+    return name.endswith("_cosine")
+
+
+def quantised(share: float) -> str:
+    """`99.6 %`; 100 % only where it is all."""
+    return f"{min(100 * share, 99.9):.1f} %" if share < 1 else "100 %"
+
+
 def no_loss(value: MetricValue | None) -> str:
     """Whether no loss may be claimed: `within 1 %`, or `not shown`."""
     if value is None or value.equivalent is None or value.margin is None:

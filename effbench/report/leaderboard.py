@@ -111,6 +111,7 @@ def _section(digest: str, records: list[Record], differing: list[str]) -> str:
         parts.append(_titled("Stacks", tables.stacks(rows, newest.primary_metric)))
         origin = _folded if len(shown) > LONG else _titled
         parts.append(origin("Where the speed-up comes from", tables.origin(shown)))
+        parts.append(origin("What training costs, and when it pays back", tables.economics(shown)))
         parts += [_folded(title, make(rows)) for title, make in FOLDED.items()]
         parts.append(_measured(rows, len(valid)))
     invalid = [record for record in records if record.status != "ok"]

@@ -26,11 +26,23 @@ Written by `effbench leaderboard` from the records in [records](records); do not
 - Time of a step: mean of the middle half of the timed steps; compute alone but for data wait and transfer. Memory:
   growth of the process above what its libraries take, and the tensors in it.
 - Agrees in t2i_top1: share of the captions for which the arm ranks the same image first as the baseline;
-  t2i_overlap10: share of the ten best that both have in common; i2t: of images and their captions.
+  t2i_overlap10: share of the ten best that both have in common; i2t: of images and their captions. Image cosine, text
+  cosine: of the arm's embeddings with the baseline's, mean over images and captions; only of arms that use the
+  baseline's own weights.
+- Disk: the model's state dict as it is saved. Quantised: share of the weights of linear layers and convolutions.
 - Tokens: those that enter the first and the last block's MLP. Peak: all tensors that live together in a test step, in a
   process of its own; the process's own growth stands beside it under Memory.
 - Train: — where an arm uses the baseline's own weights. Where the image tower is locked its features are computed once;
-  that pass is part of the training time, and its FLOPs are spread over the epochs.
+  that pass is part of the training time, and its FLOPs are spread over the epochs. Choosing layers: what a method
+  decides by a look at training data before it trains; part of the training time, and of "head".
+- What training costs, means over the seeds. Target: 95 % of the baseline's best value of the primary metric on dev
+  (divided by 0.95 where lower is better). Seconds to target: the arm's own work up to the first look at dev that comes
+  to it: choosing layers, the whole feature pass, training steps, no data wait; as exact as the looks are dense
+  (`--dev-checks`). Speed-up to target: the baseline's seconds / the arm's, without an interval. FLOPs are those of
+  training steps, forward and backward, and of the feature pass: what is computed to choose layers is not counted.
+  Tuning: the whole training. Saved per query: what a timed test step takes less than the baseline's, per image-caption
+  pair. Break-even: tuning seconds / seconds saved per query, where the test speed-up is FASTER; it is of time alone,
+  whatever the quality.
 - Advantage: method - control in the metric's unit, positive is better, with its 95 % interval from the same resampled
   images. BETTER and WORSE need an interval that excludes 0: of twenty equals about one is called so. n/a: the method
   takes no tokens away.

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from effbench import parity, store
 from effbench.records import Arm, Record, Versus
-from effbench.report import equal_budget, figures
+from effbench.report import equal_budget, figures, training_costs
 from effbench.report.markdown import clean
 
 VERDICT_STYLES = {"FASTER": "green", "SLOWER": "red", "AMBIGUOUS": "yellow", "TOO FEW SAMPLES": "yellow"}
@@ -48,6 +48,8 @@ def print_record(record: Record, console: Console) -> None:
     console.print(_quality(arms, record, shown))
     if len(record.envelope.metrics) > shown:
         console.print(Text(f"{len(record.envelope.metrics) - shown} more metrics are on the page", style="dim"))
+    if training_costs.any_own(arms):
+        console.print(_training(arms, record))
     controls = equal_budget.controls_of(arms)
     if controls and not figures.untaught(envelope):
         console.print(_against(arms, record, controls))
@@ -93,6 +95,8 @@ def print_record(record: Record, console: Console) -> None:
         and value.note
         and (value.lossiness or arm.kind == "baseline")
     ]
+    own = [arm for arm in arms if arm.kind == "method" and arm.economics and arm.economics.note]
+    notes += [f"{arm.name}: {arm.economics.note}" for arm in own]
     for note in dict.fromkeys(notes):
         console.print(Text(f"- {clean(note, None)}", style="dim"))
 
@@ -185,6 +189,32 @@ def _quality(arms: list[Arm], record: Record, most: int) -> Table:
         return [Text(clean(value).replace(" [", "\n[")) for value in values]
 
     return _fill(_table("Quality", [f"lossy-ness\n{clean(primary)}", *headings]), arms, cells)
+
+
+def _training(arms: list[Arm], record: Record) -> Table:
+    """What training cost and when it pays back, of the baseline and the arms that train weights of their own."""
+    own = [arm for arm in arms if arm.economics and (arm.kind != "control" or figures.apart(arm))]
+    primary = clean(record.primary_metric)
+    columns = ["best\ndev", "s to\ntarget", "speed-up\nto target", "TFLOPs\nto target", "tuning\ns"]
+    columns += ["tuning\nTFLOPs", "saved per\nquery ms", "break-even\nqueries"]
+
+    def cells(arm: Arm) -> list[str | Text]:
+        found = arm.economics
+        return [
+            training_costs.quality(found, found.best_dev, record),
+            training_costs.seconds(found),
+            training_costs.speedup(arm, record),
+            training_costs.teraflops(arm, found.flops_to_target),
+            figures.number(found.tuning_seconds),
+            training_costs.teraflops(arm, found.tuning_flops),
+            training_costs.saved(found),
+            training_costs.queries(found),
+        ]
+
+    found = record.baseline().economics
+    goal = f" {training_costs.quality(found, found.target, record)}" if found and found.target is not None else ""
+    title = f"Training (target: dev {primary}{goal}, {training_costs.share(own)} of the baseline's best)"
+    return _fill(_table(title, columns), own, cells)
 
 
 def _against(arms: list[Arm], record: Record, controls: list[str]) -> Table:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from effbench import parity
 from effbench.records import Arm, Record
-from effbench.report import figures
+from effbench.report import figures, training_costs
 from effbench.report.markdown import escape, table
 
 MAX_METRICS = 9
@@ -74,12 +74,12 @@ def quality(rows: list[Row], record: Record) -> str:
     shared = list(dict.fromkeys(each for row in rows for each in row.arm.agreement))
     header = [f"lossy-ness of {escape(primary)}", "no loss?"]
     header += [escape(figures.heading(record, each)) for each in names]
-    header += [f"agrees in {escape(each)}" for each in shared]
+    header += [escape(each.replace("_", " ") if figures.is_cosine(each) else f"agrees in {each}") for each in shared]
 
     def cells(row: Row) -> list[str]:
         found = row.arm.metrics
         values = [figures.metric(found.get(each), interval=each == primary) for each in names]
-        agreement = [figures.share(row.arm.agreement.get(each)) for each in shared]
+        agreement = [figures.agreement(row.arm, each) for each in shared]
         claim = figures.no_loss(found.get(primary))
         loss = f"n/a ({row.arm.no_quality})" if row.arm.no_quality else figures.lossiness(found.get(primary))
         return [escape(loss), claim, *values, *agreement]
@@ -169,9 +169,20 @@ def step(rows: list[Row]) -> str:
 
 def training(rows: list[Row]) -> str:
     """Seconds of the whole training, by what they were spent on."""
-    parts = ["data_wait", "transfer", "features", "image", "text", "overhead", "head", "backward", "optimiser"]
-    header = ["total s", "data wait", "transfer", "of it feature pass", "image tower", "text tower", "method overhead"]
-    header += ["head", "backward", "optimiser", "first step", "steps", "GFLOPs per pair", "trained params M"]
+    parts = ["data_wait", "transfer", "settle", "features", "image", "text", "overhead", "head", "backward"]
+    parts += ["optimiser"]
+    header = ["total s", "data wait", "transfer", "of it choosing layers", "of it feature pass", "image tower"]
+    header += [
+        "text tower",
+        "method overhead",
+        "head",
+        "backward",
+        "optimiser",
+        "first step",
+        "steps",
+        "GFLOPs per pair",
+        "trained params M",
+    ]
 
     def cells(row: Row) -> list[str]:
         time, arm = row.arm.train_time, row.arm
@@ -186,6 +197,33 @@ def training(rows: list[Row]) -> str:
         ]
 
     return _table([row for row in rows if row.arm.train_time], header, cells)
+
+
+def economics(rows: list[Row]) -> str:
+    """Time and FLOPs to a quality, and when they pay back; nothing where no method trains of its own."""
+    if not training_costs.any_own(row.arm for row in rows):
+        return ""
+    primary = escape(figures.heading(rows[0].record, rows[0].record.primary_metric))
+    share = training_costs.share(row.arm for row in rows)
+    header = [f"best dev {primary}", f"target ({share} of the baseline's best)", "s to target", "speed-up to target"]
+    header += ["TFLOPs to target", "tuning s", "tuning TFLOPs", "saved per query ms", "break-even queries", "note"]
+
+    def cells(row: Row) -> list[str]:
+        arm, record, found = row.arm, row.record, row.arm.economics
+        return [
+            training_costs.quality(found, found and found.best_dev, record),
+            training_costs.quality(found, found and found.target, record),
+            training_costs.seconds(found),
+            training_costs.speedup(arm, record),
+            training_costs.teraflops(arm, found and found.flops_to_target),
+            figures.number(found.tuning_seconds) if found else NONE,
+            training_costs.teraflops(arm, found and found.tuning_flops),
+            training_costs.saved(found),
+            training_costs.queries(found),
+            escape(found.note) or NONE if found else NONE,
+        ]
+
+    return _table([row for row in rows if row.arm.economics], header, cells)
 
 
 def memory(rows: list[Row]) -> str:
@@ -205,12 +243,12 @@ def memory(rows: list[Row]) -> str:
 
 def anatomy(rows: list[Row]) -> str:
     """What each arm really was at run time."""
-    header = ["attention", "products in", "runs", "dtypes of weights MiB", "quantised", "trained layers", "tokens"]
-    header += ["useful GFLOPs", "low-bit Gops", "analytic GFLOPs"]
+    header = ["attention", "products in", "runs", "dtypes of weights MiB", "disk MiB", "quantised", "trained layers"]
+    header += ["tokens", "useful GFLOPs", "low-bit Gops", "analytic GFLOPs"]
 
     def cells(row: Row) -> list[str]:
         arm, kernels, structure, flops = row.arm, row.arm.kernels, row.arm.structure, row.arm.test_flops
-        how, what, count = [NONE] * 3, [NONE] * 4, [NONE] * 3
+        how, what, count = [NONE] * 3, [NONE] * 5, [NONE] * 3
         if kernels:
             modes = [mode for mode in ("autocast", "compiled", "channels_last") if getattr(kernels, mode)]
             how = [
@@ -221,7 +259,8 @@ def anatomy(rows: list[Row]) -> str:
         if structure:
             what = [
                 escape(", ".join(f"{dtype} {figures.mebibytes(n)}" for dtype, n in structure.dtypes.items())) or NONE,
-                figures.percent(structure.quantised_share) if structure.quantised_share else NONE,
+                figures.mebibytes(arm.disk_bytes),
+                figures.quantised(structure.quantised_share) if structure.quantised_share else NONE,
                 escape(", ".join(structure.trained_layers)) or NONE,
                 "masked, not removed" if structure.masked_tokens else figures.by_layer(arm.tokens),
             ]

@@ -1,0 +1,123 @@
+"""torch.compile: the blocks of each tower as one compiled graph."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from effbench.calibration_set import CalibrationSet
+from effbench.errors import EffbenchError, UsageError
+from effbench.method import Method, param
+from effbench.models.tower import ModelView
+
+GRAPHS = 24  # that a tower may have, one per shape of its input; a run has about a dozen batch sizes
+
+
+@dataclass(frozen=True)
+class Compile(Method):
+    """Compile the loop over each tower's blocks with torch.compile (TorchInductor), whole or not at all.
+
+    What breaks the graph, or asks for more than 24 graphs, is an error: nothing runs uncompiled in silence. Every new
+    batch size compiles in its first step, which a run times apart (`first_step`); Inductor's cache on disk makes it
+    cheaper in the next process. A copy.deepcopy or pickle of a compiled model is an uncompiled one.
+    """
+
+    source = "Ansel et al., PyTorch 2, ASPLOS 2024, doi 10.1145/3620665.3640366"
+    phases = ("test",)
+
+    mode: str = param("default", "torch.compile's mode", choices=("default", "max-autotune-no-cudagraphs"))
+    dynamic: bool = param(False, "one graph for all batch sizes, instead of one for each")
+    target: tuple[str, ...] = param(("tower", "text"), "image tower, text tower or both", choices=("tower", "text"))
+
+    def finish(self, model: ModelView, calibration: CalibrationSet) -> None:
+        known = dict(tower=model.image, text=model.text)
+        towers = [tower for name, tower in known.items() if name in self.target and tower is not None]
+        if not towers:
+            there = "/".join(name for name, tower in known.items() if tower is not None)
+            raise UsageError(
+                f"compile: target={'/'.join(self.target)} names no tower of this {type(model.model).__name__}",
+                f"it has target={there or 'none'}",
+            )
+        if why := unavailable():
+            raise UsageError(f"compile: {why}", "leave compile out on this machine")
+        mode = None if self.mode == "default" else self.mode
+        for tower in towers:
+            loop = tower.loop
+            # nothing is compiled before the first call
+            loop.compile(
+                fullgraph=True, dynamic=self.dynamic, mode=mode, recompile_limit=GRAPHS, isolate_recompiles=True
+            )
+            loop._compiled_call_impl = Compiled(loop._compiled_call_impl)
+
+    def notes(self, model: ModelView) -> list[str]:
+        said = []
+        for tower in (model.image, model.text):
+            compiled = tower and tower.loop._compiled_call_impl
+            if isinstance(compiled, Compiled):
+                said.append(
+                    f"{tower.name}: {compiled.graphs} graphs compiled, in first steps of {compiled.seconds:.1f} s"
+                )
+        return said
+
+
+class Compiled:
+    """A compiled call that names its errors, and counts its graphs and the seconds of the calls that made them."""
+
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        self.call = call
+        self.graphs = 0
+        self.seconds = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        from torch._dynamo.utils import counters
+
+        begun, before = time.perf_counter(), counters["stats"]["unique_graphs"]
+        try:
+            result = self.call(*args, **kwargs)
+        except Exception as error:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise EffbenchError(*_said(error)) from error
+            raise
+        if made := counters["stats"]["unique_graphs"] - before:
+            self.graphs += made
+            self.seconds += time.perf_counter() - begun
+        return result
+
+
+def _said(error: Exception) -> tuple[str, str]:
+    """Message and hint of what torch.compile raised."""
+    text = str(error)
+    if type(error).__name__ == "FailOnRecompileLimitHit":
+        return (
+            f"compile: more than {GRAPHS} graphs for one tower: the shapes inside change from batch to batch",
+            "use dynamic=true, or leave compile out of this stack",
+        )
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+    where = next((line.strip() for line in text.splitlines() if "Explanation:" in line), "")
+    hint = "leave compile out of this stack, or leave a tower out with target="
+    if "file too short" in text:  # a process was killed while it wrote
+        hint = "delete Inductor's cache (TORCHINDUCTOR_CACHE_DIR): a file in it is damaged"
+    return f"compile: {type(error).__name__}: {reason} {where}".rstrip(), hint
+
+
+def unavailable() -> str:
+    """Why nothing can be compiled here; empty where it can."""
+    # it warns of a CUDA toolkit without a GPU, in the middle of a run's output
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    import torch._dynamo.config as dynamo
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    if dynamo.disable:
+        return "torch.compile is switched off (TORCH_COMPILE_DISABLE or torch._dynamo.config.disable)"
+    if dynamo.suppress_errors:
+        return "torch._dynamo.config.suppress_errors would let a graph that fails run uncompiled in silence"
+    try:
+        get_cpp_compiler()
+    except Exception:  # noqa: BLE001 - each platform has its own
+        return "TorchInductor finds no C++ compiler; install g++, or name one in the variable CXX"
+    return ""

@@ -1,0 +1,158 @@
+"""Half precision: the towers' weights and activations in bfloat16 or float16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effbench.calibration_set import CalibrationSet
+from effbench.errors import UsageError
+from effbench.method import Method, param
+from effbench.models.attention import AttentionCore, Projections
+from effbench.models.tower import ModelView, Tower
+from effbench_methods.algorithms.attention_paths import Choice, fastest
+
+DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
+BATCH = 4  # images that attention is timed with
+GAIN = 1.05  # what attention written out must win over torch's own to take its place
+
+
+@dataclass(frozen=True)
+class Precision(Method):
+    """Compute the towers in bfloat16 or float16, as `model.bfloat16()` does; heads and losses stay in float32.
+
+    Images are cast where they become patches. A model of your own (`effbench.apply`) gives its outputs in that dtype.
+    On a CPU torch's fused bf16 attention can be slower than the same two products written out: both are timed when the
+    method is applied, on random tokens of the tower's shape, and blocks with plain attention take the faster.
+    """
+
+    source = "bfloat16: Kalamkar et al., arXiv 1905.12322; float16: Micikevicius et al., arXiv 1710.03740"
+    goes_before = ("quantize", "compile")  # low-bit weights are not to be cast
+    phases = ("test",)
+
+    dtype: str = param("bf16", "of weights and activations", choices=tuple(DTYPES))
+    target: tuple[str, ...] = param(("tower", "text"), "image tower, text tower or both", choices=("tower", "text"))
+
+    def finish(self, model: ModelView, calibration: CalibrationSet) -> None:
+        towers = {name: tower for name, tower in _towers(model).items() if name in self.target}
+        if not towers:
+            raise UsageError(
+                f"precision: target={'/'.join(self.target)} names no tower of this {type(model.model).__name__}",
+                f"it has target={'/'.join(_towers(model)) or 'none'}",
+            )
+        dtype = DTYPES[self.dtype]
+        for tower in towers.values():
+            device = next(tower.module.parameters()).device
+            # a run's model may still be on the CPU here, and move to the GPU afterwards
+            if dtype == torch.float16 and device.type == "cpu" and not (_fp16_on_cpu() or torch.cuda.is_available()):
+                raise UsageError(
+                    "precision: dtype=fp16 needs a GPU; this CPU has no float16 matrix products (they run 10 times "
+                    "slower than float32)",
+                    "use precision:bf16",
+                )
+        for name, tower in towers.items():
+            spared = model.image.module if name == "text" and model.image and "tower" not in self.target else None
+            _cast(_part(model.model, tower.module), dtype, spared)
+            if tower.stem is not None:
+                tower.stem.register_forward_pre_hook(cast_images)
+                self._choose_attention(tower)
+
+    def _choose_attention(self, tower: Tower) -> None:
+        device = next(tower.module.parameters()).device
+        if device.type != "cpu" or not tower.patch_tokens:
+            return
+        for number, block in enumerate(tower.blocks):
+            heads, inner = block.attn.num_heads, block.attn.proj.in_features
+            shape = (BATCH, heads, tower.prefix + tower.patch_tokens, inner // heads)
+            choice = _timed(shape, block.attn.scale, DTYPES[self.dtype])
+            if block.attn.core is None and choice.ratios[choice.path] > GAIN:
+                tower.attend(number, WrittenOut(choice))
+
+    def notes(self, model: ModelView) -> list[str]:
+        said = []
+        if "text" in self.target and model.text is None and hasattr(model.model, "text_encoder"):
+            said.append("the text tower stays as it is: effbench does not know its library")
+        on_cpu = any(next(tower.module.parameters()).device.type == "cpu" for tower in _towers(model).values())
+        if on_cpu and self.dtype == "bf16" and not _bf16_on_cpu():
+            said.append("this CPU has no bf16 instructions (AVX512_BF16 or AMX), so bf16 may be no faster")
+        blocks = model.image.blocks if model.image else ()
+        cores = [block.attn.core for block in blocks if isinstance(block.attn.core, WrittenOut)]
+        if cores and on_cpu:
+            said.append(
+                f"attention is written out as two products in {len(cores)} blocks, "
+                f"{cores[0].choice.ratios[cores[0].choice.path]:.2f}x of torch's fused attention at batch {BATCH}"
+            )
+        return said
+
+
+class WrittenOut(AttentionCore):
+    """softmax(q k^T) v as two matrix products, on a CPU and where nothing masks; else torch's fused attention."""
+
+    name = "precision"
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__()
+        self.choice = choice
+
+    def forward(
+        self, p: Projections, mask: Tensor | None, is_causal: bool, prefix: int, grid: tuple[int, int] | None
+    ) -> Tensor:
+        if mask is None and not is_causal and p.q.device.type == "cpu":
+            return written_out(p)
+        return F.scaled_dot_product_attention(p.q, p.k, p.v, attn_mask=mask, is_causal=is_causal, scale=p.scale)
+
+
+def written_out(p: Projections) -> Tensor:
+    """Dense attention as two products, (batch, heads, tokens, head width); scores are rounded to the dtype."""
+    return ((p.q * p.scale) @ p.k.transpose(-2, -1)).softmax(dim=-1) @ p.v
+
+
+@cache
+def _timed(shape: tuple[int, int, int, int], scale: float, dtype: torch.dtype) -> Choice:
+    """Timed once a process, so that all arms of an experiment take the same path."""
+    return fastest({"written out": written_out}, shape, scale, dtype, torch.device("cpu"))
+
+
+def cast_images(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook: the images in the dtype of the module's weights."""
+    images, *rest = inputs
+    return (images.to(next(module.parameters()).dtype), *rest)
+
+
+def _towers(model: ModelView) -> dict[str, Tower]:
+    return {name: tower for name, tower in dict(tower=model.image, text=model.text).items() if tower is not None}
+
+
+def _part(model: nn.Module, module: nn.Module) -> nn.Module:
+    """The part of a model that holds a tower and what belongs to it, e.g. OpenCLIP's head on a timm trunk."""
+    return (
+        next((child for child in model.children() if _holds(child, module)), module) if model is not module else model
+    )
+
+
+def _holds(part: nn.Module, module: nn.Module) -> bool:
+    return any(each is module for each in part.modules())
+
+
+def _cast(part: nn.Module, dtype: torch.dtype, spared: nn.Module | None) -> None:
+    """Cast a part, but not the child that holds `spared`: open_clip.CLIP, its own text tower, holds the image tower."""
+    if spared is None or not _holds(part, spared):
+        part.to(dtype)
+        return
+    for child in part.children():
+        if not _holds(child, spared):
+            child.to(dtype)
+    part._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, recurse=False)
+
+
+def _fp16_on_cpu() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _bf16_on_cpu() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
