@@ -14,6 +14,7 @@ from effbench.calibration_set import CalibrationSet
 from effbench.errors import EffbenchError, UsageError
 from effbench.method import Method, param
 from effbench.models.tower import ModelView
+from effbench_methods.algorithms.bf16_linear import unpack_tower
 
 GRAPHS = 24  # that a tower may have, one per shape of its input; a run has about a dozen batch sizes
 
@@ -47,6 +48,7 @@ class Compile(Method):
             raise UsageError(f"compile: {why}", "leave compile out on this machine")
         mode = None if self.mode == "default" else self.mode
         for tower in towers:
+            unpack_tower(tower)  # Inductor takes no weight in oneDNN's layout
             loop = tower.loop
             # nothing is compiled before the first call
             loop.compile(

@@ -16,6 +16,7 @@ from effbench.method import Method, param
 from effbench.models.attention import AttentionCore, Projections
 from effbench.models.tower import ModelView, Tower
 from effbench_methods.algorithms.attention_paths import Choice, fastest
+from effbench_methods.algorithms.bf16_linear import PackedLinear, pack_tower
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
 BATCH = 4  # images that attention is timed with
@@ -28,7 +29,9 @@ class Precision(Method):
 
     Images are cast where they become patches. A model of your own (`effbench.apply`) gives its outputs in that dtype.
     On a CPU torch's fused bf16 attention can be slower than the same two products written out: both are timed when the
-    method is applied, on random tokens of the tower's shape, and blocks with plain attention take the faster.
+    method is applied, on random tokens of the tower's shape, and blocks with plain attention take the faster. On a CPU
+    with bf16 instructions the weights of the blocks' linear layers are kept in oneDNN's own layout, and an exact GELU
+    is computed in the kernel of the layer before it; compile and quantize, to the right, lay them out plainly again.
     """
 
     source = "bfloat16: Kalamkar et al., arXiv 1905.12322; float16: Micikevicius et al., arXiv 1710.03740"
@@ -37,6 +40,7 @@ class Precision(Method):
 
     dtype: str = param("bf16", "of weights and activations", choices=tuple(DTYPES))
     target: tuple[str, ...] = param(("tower", "text"), "image tower, text tower or both", choices=("tower", "text"))
+    pack: bool = param(True, "weights in oneDNN's own layout, on a CPU with bf16 instructions")
 
     def finish(self, model: ModelView, calibration: CalibrationSet) -> None:
         towers = {name: tower for name, tower in _towers(model).items() if name in self.target}
@@ -61,6 +65,9 @@ class Precision(Method):
             if tower.stem is not None:
                 tower.stem.register_forward_pre_hook(cast_images)
                 self._choose_attention(tower)
+            device = next(tower.module.parameters()).device
+            if self.pack and dtype == torch.bfloat16 and device.type == "cpu" and _bf16_on_cpu():
+                pack_tower(tower)
 
     def _choose_attention(self, tower: Tower) -> None:
         device = next(tower.module.parameters()).device
@@ -86,6 +93,12 @@ class Precision(Method):
             said.append(
                 f"attention is written out as two products in {len(cores)} blocks, "
                 f"{cores[0].choice.ratios[cores[0].choice.path]:.2f}x of torch's fused attention at batch {BATCH}"
+            )
+        packed = [layer for layer in model.model.modules() if isinstance(layer, PackedLinear)]
+        if any(layer.packed is not None for layer in packed):
+            gelus = sum(layer.gelu for layer in packed)
+            said.append(
+                f"weights of {len(packed)} linear layers in oneDNN's own layout, {gelus} of them with GELU inside"
             )
         return said
 

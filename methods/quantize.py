@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,8 @@ from torch import nn
 
 from effbench.errors import UsageError
 from effbench.method import Method, param
+from effbench_methods.algorithms.bf16_linear import unpack_tower
+from effbench_methods.algorithms.fused_gelu import gelus
 from effbench_methods.algorithms.int8_linear import Int8Linear
 from effbench_methods.algorithms.low_bit_weights import Fp8Linear, Int4WeightsLinear, Int8WeightsLinear, LowBitWeights
 
@@ -89,6 +90,9 @@ class Quantize(Method):
         return LAYERS[self.kind] is Int8Linear and self.library == INT8
 
     def finish(self, model: ModelView, calibration: CalibrationSet) -> None:
+        for name, tower in dict(tower=model.image, text=model.text).items():
+            if tower is not None and name in self.target:
+                unpack_tower(tower)
         found = linears(model, self.target)
         if not found:
             raise UsageError(
@@ -171,21 +175,6 @@ def side(model: ModelView, name: str) -> str:
         return ""
     path = paths[model.text.module]  # OpenCLIP's CLIP is its own text tower
     return "text" if not path or f"{name}.".startswith(f"{path}.") else ""
-
-
-def gelus(model: ModelView) -> dict[nn.Linear, tuple[nn.Module, str]]:
-    """First linear layers of plain MLPs that an exact GELU follows, and where that GELU is."""
-    found = {}
-    for tower in (model.image, model.text):
-        for block in tower.blocks if tower is not None else ():
-            children = list(block.mlp.named_children())
-            layers = [child for _, child in children if isinstance(child, nn.Linear)]
-            if len(layers) != 2 or layers[0].out_features != layers[1].in_features:
-                continue  # gated
-            for (_, linear), (name, act) in pairwise(children):
-                if linear is layers[0] and type(act) is nn.GELU and act.approximate == "none":
-                    found[linear] = (block.mlp, name)
-    return found
 
 
 def seen_ranges(

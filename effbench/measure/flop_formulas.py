@@ -148,7 +148,7 @@ def native_encoder_layer(
 
 
 def packed_linear(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
-    """(..., in) -> (..., out) with weights that are packed (int8, int4 or float16) but computed with as numbers."""
+    """(..., in) -> (..., out) with packed weights (int8, int4, float16, oneDNN's) that are computed with as numbers."""
     return 2 * out_val.numel() * x.shape[-1]
 
 
@@ -222,7 +222,9 @@ FORMULAS |= {
     )
     if hasattr(aten, name)
 }
-PACKED_LINEAR = re.compile(r"(quantized|onednn)::linear_(relu_)?dynamic_fp16|quantized::int4mm_packed_weight_cpu")
+PACKED_LINEAR = re.compile(
+    r"(quantized|onednn)::linear_(relu_)?dynamic_fp16|quantized::int4mm_packed_weight_cpu|mkldnn::_linear_pointwise"
+)
 
 # Namespaces of torch's own libraries: an operation of theirs does matrix-like work only if a word of its name says so.
 KNOWN = set(
