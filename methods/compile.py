@@ -44,6 +44,12 @@ class Compile(Method):
                 f"compile: target={'/'.join(self.target)} names no tower of this {type(model.model).__name__}",
                 f"it has target={there or 'none'}",
             )
+        for tower in towers:
+            if (layout := getattr(tower.module, "layout", None)) is not None:
+                raise UsageError(
+                    f"compile: {layout.name} lays every batch of texts out in another shape, each a graph of its own",
+                    "use compile:target=tower",
+                )
         if why := unavailable():
             raise UsageError(f"compile: {why}", "leave compile out on this machine")
         mode = None if self.mode == "default" else self.mode

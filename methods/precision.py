@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from effbench.calibration_set import CalibrationSet
 from effbench.errors import UsageError
 from effbench.method import Method, param
-from effbench.models.attention import AttentionCore, Projections
 from effbench.models.tower import ModelView, Tower
-from effbench_methods.algorithms.attention_paths import Choice, fastest
+from effbench_methods.algorithms.attention_written_out import bf16_on_cpu, write_out
+from effbench_methods.algorithms.attention_written_out import notes as notes_of_attention
 from effbench_methods.algorithms.bf16_linear import PackedLinear, pack_tower
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
-BATCH = 4  # images that attention is timed with
-GAIN = 1.05  # what attention written out must win over torch's own to take its place
 
 
 @dataclass(frozen=True)
@@ -64,36 +60,20 @@ class Precision(Method):
             _cast(_part(model.model, tower.module), dtype, spared)
             if tower.stem is not None:
                 tower.stem.register_forward_pre_hook(cast_images)
-                self._choose_attention(tower)
+                write_out(tower, "precision", dtype, dtype)
             device = next(tower.module.parameters()).device
-            if self.pack and dtype == torch.bfloat16 and device.type == "cpu" and _bf16_on_cpu():
+            if self.pack and dtype == torch.bfloat16 and device.type == "cpu" and bf16_on_cpu():
                 pack_tower(tower)
-
-    def _choose_attention(self, tower: Tower) -> None:
-        device = next(tower.module.parameters()).device
-        if device.type != "cpu" or not tower.patch_tokens:
-            return
-        for number, block in enumerate(tower.blocks):
-            heads, inner = block.attn.num_heads, block.attn.proj.in_features
-            shape = (BATCH, heads, tower.prefix + tower.patch_tokens, inner // heads)
-            choice = _timed(shape, block.attn.scale, DTYPES[self.dtype])
-            if block.attn.core is None and choice.ratios[choice.path] > GAIN:
-                tower.attend(number, WrittenOut(choice))
 
     def notes(self, model: ModelView) -> list[str]:
         said = []
         if "text" in self.target and model.text is None and hasattr(model.model, "text_encoder"):
             said.append("the text tower stays as it is: effbench does not know its library")
         on_cpu = any(next(tower.module.parameters()).device.type == "cpu" for tower in _towers(model).values())
-        if on_cpu and self.dtype == "bf16" and not _bf16_on_cpu():
+        if on_cpu and self.dtype == "bf16" and not bf16_on_cpu():
             said.append("this CPU has no bf16 instructions (AVX512_BF16 or AMX), so bf16 may be no faster")
-        blocks = model.image.blocks if model.image else ()
-        cores = [block.attn.core for block in blocks if isinstance(block.attn.core, WrittenOut)]
-        if cores and on_cpu:
-            said.append(
-                f"attention is written out as two products in {len(cores)} blocks, "
-                f"{cores[0].choice.ratios[cores[0].choice.path]:.2f}x of torch's fused attention at batch {BATCH}"
-            )
+        if on_cpu:
+            said += notes_of_attention(model)
         packed = [layer for layer in model.model.modules() if isinstance(layer, PackedLinear)]
         if any(layer.packed is not None for layer in packed):
             gelus = sum(layer.gelu for layer in packed)
@@ -101,34 +81,6 @@ class Precision(Method):
                 f"weights of {len(packed)} linear layers in oneDNN's own layout, {gelus} of them with GELU inside"
             )
         return said
-
-
-class WrittenOut(AttentionCore):
-    """softmax(q k^T) v as two matrix products, on a CPU and where nothing masks; else torch's fused attention."""
-
-    name = "precision"
-
-    def __init__(self, choice: Choice) -> None:
-        super().__init__()
-        self.choice = choice
-
-    def forward(
-        self, p: Projections, mask: Tensor | None, is_causal: bool, prefix: int, grid: tuple[int, int] | None
-    ) -> Tensor:
-        if mask is None and not is_causal and p.q.device.type == "cpu":
-            return written_out(p)
-        return F.scaled_dot_product_attention(p.q, p.k, p.v, attn_mask=mask, is_causal=is_causal, scale=p.scale)
-
-
-def written_out(p: Projections) -> Tensor:
-    """Dense attention as two products, (batch, heads, tokens, head width); scores are rounded to the dtype."""
-    return ((p.q * p.scale) @ p.k.transpose(-2, -1)).softmax(dim=-1) @ p.v
-
-
-@cache
-def _timed(shape: tuple[int, int, int, int], scale: float, dtype: torch.dtype) -> Choice:
-    """Timed once a process, so that all arms of an experiment take the same path."""
-    return fastest({"written out": written_out}, shape, scale, dtype, torch.device("cpu"))
 
 
 def cast_images(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -165,7 +117,3 @@ def _cast(part: nn.Module, dtype: torch.dtype, spared: nn.Module | None) -> None
 
 def _fp16_on_cpu() -> bool:
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-
-
-def _bf16_on_cpu() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -131,13 +131,17 @@ def test_a_copy_is_not_compiled(traced):
     assert model.state_dict().keys() == vit(depth=1).state_dict().keys()
 
 
-def test_what_cannot_be_compiled_is_refused(monkeypatch):
+def test_what_cannot_be_compiled_is_refused():
     with pytest.raises(UsageError, match="target=text names no tower"):
         effbench.apply(vit(), "compile:target=text")
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    with pytest.raises(UsageError, match="compile: torch.compile is switched off"):
+    with pytest.raises(UsageError, match="text_pack lays every batch of texts out in another shape"):
+        effbench.apply(clip(), "text_pack+compile")
+    effbench.apply(clip(), "text_pack+compile:target=tower")
+    with (
+        torch._dynamo.config.patch(disable=True),
+        pytest.raises(UsageError, match="compile: torch.compile is switched"),
+    ):
         effbench.apply(vit(), "compile")
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(UsageError, match="finds no C\\+\\+ compiler"):
-        effbench.apply(vit(), "compile")
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        with pytest.raises(UsageError, match="finds no C\\+\\+ compiler"):
+            effbench.apply(vit(), "compile")

@@ -20,9 +20,11 @@ from effbench.models.dual_encoder import DualEncoder, TimmFeatures
 from effbench.models.tower import view
 from effbench.spec import parse
 from effbench_methods import precision
+from effbench_methods.algorithms import attention_written_out
 from effbench_methods.algorithms.attention_paths import Choice
+from effbench_methods.algorithms.attention_written_out import WrittenOut, written_out
 from effbench_methods.algorithms.bf16_linear import PackedLinear, kernel_exists, pack, unpack
-from effbench_methods.precision import Precision, WrittenOut, written_out
+from effbench_methods.precision import Precision
 
 BF16 = torch.bfloat16
 TEXTS = torch.tensor([[1, 5, 9, 49, 0, 0, 0, 0, 0, 0, 0, 0], [2, 7, 8, 11, 3, 49, 0, 0, 0, 0, 0, 0]])
@@ -50,7 +52,7 @@ def close(y, expected):
 
 @pytest.fixture
 def attention_is_written_out(monkeypatch):
-    monkeypatch.setattr(precision, "_timed", lambda *_: Choice("written out", ratios={"written out": 1.4}))
+    monkeypatch.setattr(attention_written_out, "_timed", lambda *_: Choice("written out", ratios={"written out": 1.4}))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_attention_is_written_out_only_where_that_is_faster(monkeypatch, attenti
     kinds = [type(block.attn.core) is WrittenOut for block in model.blocks]
     assert kinds == [True, False, True, True]
     assert "3 blocks, 1.40x" in " ".join(Precision().notes(view(model)))
-    monkeypatch.setattr(precision, "_timed", lambda *_: Choice("written out", ratios={"written out": 1.0}))
+    monkeypatch.setattr(attention_written_out, "_timed", lambda *_: Choice("written out", ratios={"written out": 1.0}))
     assert all(block.attn.core is None for block in effbench.apply(vit(), "precision").blocks)
 
 
@@ -132,15 +134,15 @@ def test_attention_written_out_is_attention_and_costs_the_same(attention_is_writ
 
     q, k, v = torch.randn(3, 2, 3, 5, 8)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
-    assert (written_out(Projections(q, k, v, 0.3)) - expected).abs().max() < 1e-5
+    assert (written_out(Projections(q, k, v, 0.3), torch.float32) - expected).abs().max() < 1e-5
     model = effbench.apply(vit(), "precision")
     counted, dense = flops(model, IMAGES), flops(vit(), IMAGES)
     assert counted.dense_flops == dense.dense_flops == counted.useful_flops and counted.complete
     assert analytic(model, IMAGES).flops == dense.dense_flops
-    core = WrittenOut(Choice("written out"))
+    core = WrittenOut("precision", Choice("written out"), torch.float32)
     mask = torch.zeros(5, 5).masked_fill_(torch.ones(5, 5).triu(1).bool(), float("-inf"))
     causal = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
-    for arguments in ((mask, False), (None, True)):
+    for arguments in ((mask, False), (mask.isfinite(), False), (None, True)):
         assert (core(Projections(q, k, v, 0.3), *arguments, 1, None) - causal).abs().max() < 1e-5
 
 
@@ -165,9 +167,9 @@ def test_what_does_not_fit_is_refused(monkeypatch):
 
 def test_a_cpu_without_bf16_instructions_is_named(monkeypatch):
     model = effbench.apply(vit(), "precision")
-    monkeypatch.setattr(precision, "_bf16_on_cpu", lambda: False)
+    monkeypatch.setattr(precision, "bf16_on_cpu", lambda: False)
     assert "no bf16 instructions" in " ".join(Precision().notes(view(model)))
-    monkeypatch.setattr(precision, "_bf16_on_cpu", lambda: True)
+    monkeypatch.setattr(precision, "bf16_on_cpu", lambda: True)
     assert "no bf16 instructions" not in " ".join(Precision().notes(view(model)))
 
 
@@ -175,8 +177,8 @@ def test_a_cpu_without_bf16_instructions_is_named(monkeypatch):
 def weights_are_packed(monkeypatch):
     if not kernel_exists():
         pytest.skip("no oneDNN kernel for bf16 on this CPU")
-    monkeypatch.setattr(precision, "_bf16_on_cpu", lambda: True)
-    monkeypatch.setattr(precision, "_timed", lambda *_: Choice("", ratios={"": 1.0}))
+    monkeypatch.setattr(precision, "bf16_on_cpu", lambda: True)
+    monkeypatch.setattr(attention_written_out, "_timed", lambda *_: Choice("", ratios={"": 1.0}))
 
 
 def packed_layers(model):
@@ -308,5 +310,5 @@ def test_inductor_compiles_what_was_packed_and_what_the_user_compiles_himself(we
 
 def test_only_a_cpu_with_bf16_instructions_packs(weights_are_packed, monkeypatch):
     assert packed_layers(effbench.apply(vit(), "precision"))
-    monkeypatch.setattr(precision, "_bf16_on_cpu", lambda: False)
+    monkeypatch.setattr(precision, "bf16_on_cpu", lambda: False)
     assert not any(isinstance(module, PackedLinear) for module in effbench.apply(vit(), "precision").modules())
