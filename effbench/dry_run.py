@@ -18,13 +18,12 @@ from effbench.economics import look_steps
 from effbench.engine import optimiser
 from effbench.lockstep import Arm, Batch
 from effbench.measure.memory import process_peak, weight_bytes
-from effbench.method import Method
 from effbench.report.figures import mebibytes
+from effbench.settling import chooses
 from effbench.timing import WARMUP
 from effbench.training import training_mode
 
 if TYPE_CHECKING:
-    from effbench.arms import ArmPlan
     from effbench.experiment import Experiment
 
 MIB = 2**20
@@ -88,18 +87,13 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
         f"epochs {protocol.epochs}, batch {protocol.batch_size}, train {protocol.train}, seeds {len(protocol.seeds)}, "
         f"looks at dev per seed {looks}",
     ]
-    choosing = [plan.name for plan in experiment.training_plans() if plan.name in trains and _chooses(plan)]
+    choosing = [plan.name for plan in experiment.training_plans() if plan.name in trains and chooses(plan)]
     if choosing:
         lines.append(f"not in it: the look at training data by which a method chooses layers ({', '.join(choosing)})")
     lines += [
         "nothing was run; leave --dry-run out to run it",
     ]
     return header, rows, lines
-
-
-def _chooses(plan: ArmPlan) -> bool:
-    """Whether a method of the arm makes choices by a look at training data before it trains."""
-    return any(type(method).settle is not Method.settle for method in plan.during("train", "both"))
 
 
 def _training(experiment: Experiment, arm: Arm, per_image: float) -> float:

@@ -6,8 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,12 @@ from effbench.measure.clock import Clock
 from effbench.measure.energy import meter
 from effbench.measure.environment import device_model, provenance
 from effbench.measure.memory import process_peak
-from effbench.method import Method
 from effbench.passes import features, test, use_features
 from effbench.pixels import RULE
 from effbench.preflight import preflight
 from effbench.records import Envelope, Protocol, Record
 from effbench.samples import item_samples
-from effbench.spec import canonical, parse
+from effbench.settling import settle
 from effbench.timing import Stopping, pairs
 from effbench.training import train
 
@@ -182,7 +180,7 @@ class Experiment:
             cached: Partial | None = None
             for seed in self.protocol.seeds:
                 if self.trains:
-                    self._settle(seed, journal)
+                    settle(self, seed, journal)
                     if self.protocol.train == "locked" and cached is None:
                         cached = journal.phase("features", lambda p, save: self._features(p, save))
                     trained[seed] = journal.phase(
@@ -218,37 +216,10 @@ class Experiment:
         """Train along with the first process, which tests, times and writes."""
         cached = None
         for seed in self.protocol.seeds if self.trains else ():
-            self._settle(seed)
+            settle(self, seed)
             if self.protocol.train == "locked" and cached is None:
                 cached = self._features(None, lambda state: None)
             self._train(seed, cached, None, lambda state: None)
-
-    def _settle(self, seed: int, journal: Journal | None = None) -> None:
-        """Let the methods that act while training make the choices that depend on the data, each in its arm's time."""
-        for plan in self.training_plans():
-            if all(type(method).settle is Method.settle for method in plan.during("train", "both")):
-                continue
-
-            def choose(partial: Partial | None = None, save: Any = None, plan: ArmPlan = plan) -> Partial:
-                self.setting.live.stage(f"choices of {plan.name} before training, seed {seed}", 1)
-                randomness.seed_all(seed)
-                spent = 0.0
-
-                def charged(choose: Callable[[], Method]) -> Method:
-                    nonlocal spent
-                    method, seconds = self.setting.clock.timed(choose)
-                    spent += seconds
-                    return method
-
-                build = (self.task, self.recipe, self.backbone, self.protocol, self._calibration())
-                found = settled(plan, *build, charged)
-                row = dict(kind="step", seed=seed, phase="settle", index=0, arm=plan.name, seconds=spent)
-                self.setting.rows.append(row | dict(head_seconds=spent, data_wait=0.0, transfer=0.0))
-                self.live.advance(1)
-                return dict(spec=canonical(found.methods), errors={})
-
-            found = journal.phase(f"settle {seed} {plan.name}", choose) if journal else choose()
-            self.settled[plan.name, seed] = replace(plan, methods=parse(found["spec"]))
 
     def _features(self, partial: Partial | None, save: Any) -> Partial:
         return features(self._cached_arms(), self.setting, self.sizes, partial, save)
@@ -310,12 +281,13 @@ class Experiment:
             plan = self.settled.get((plan.name, seed), plan)
             if not error:
                 model = testing_model(
-                    plan, self.task, self.recipe, self.backbone, self.protocol, state, self._calibration()
+                    plan, self.task, self.recipe, self.backbone, self.protocol, state, self.calibration()
                 )
             arms.append(Arm(plan, model.to(self.protocol.device), randomness.get_state(), error=error))
         return arms
 
-    def _calibration(self) -> calibration_set.CalibrationSet:
+    def calibration(self) -> calibration_set.CalibrationSet:
+        """The training data that methods may look at."""
         return calibration_set.of_task(self.task, self.prepared, self.sizes["train"], self.setting.to_device)
 
     def _samples(self, items: dict[int, Partial]) -> pd.DataFrame:

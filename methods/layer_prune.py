@@ -135,7 +135,7 @@ class LayerPrune(Method):
             )
         gone = acting(tower.blocks[block] for block in at)
         tower.keep_blocks(set(range(layers)) - set(at))
-        note = f"layer_prune: {_named(at)} of {layers} removed, {why}"
+        note = f"{_named(at)} of {layers} removed, {why}"
         if gone:
             note += f"; with them their part of {' and '.join(gone)}"
         tower.loop.removed = (*getattr(tower.loop, "removed", ()), note)

@@ -480,3 +480,11 @@ def test_taylor_needs_images_and_a_loss():
 def test_bad_parameters(spec, said):
     with pytest.raises(UsageError, match=said):
         parse(f"channel_prune:{spec}")
+
+
+def test_vit_base_halved_has_the_size_of_deit_small():
+    """22.05 M parameters; its MACs are those that the reference numbers give for deit_small_patch16_224."""
+    model = effbench.apply(timm.create_model("vit_base_patch16_224").eval(), "channel_prune:ratio=0.5,round_to=1")
+    assert count(model) == 22_050_664
+    assert flops(model, torch.zeros(1, 3, 224, 224)).macs == 4_598_882_304
+    assert {block.attn.scale for block in model.blocks} == {64**-0.5}

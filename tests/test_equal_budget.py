@@ -146,7 +146,7 @@ def test_many_controls_are_folded_away_and_say_what_they_are():
     assert "control · noop" in visible and "control (" not in visible
     assert "<details><summary>Cost and quality of 5 more controls</summary>" in text
     for label in (
-        "control (random tokens) · blind:score=random",
+        "control (random choice) · blind:score=random",
         "control (tokens by norm) · blind:score=norm",
         "control (image size) · resize:size=160",
         "control (a stack's part alone) · merge:r=8",

@@ -129,7 +129,7 @@ def test_named_blocks_go():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert (compiled(IMAGES) - model(IMAGES)).abs().max() < 1e-5
     assert left(model) == [0, 2, 3, 5]
-    assert LayerPrune(at=(4, 1)).notes(view(model)) == ["layer_prune: blocks 1, 4 of 6 removed, as named"]
+    assert LayerPrune(at=(4, 1)).notes(view(model)) == ["blocks 1, 4 of 6 removed, as named"]
 
 
 def test_random_follows_the_seed_and_keeps_the_order():

@@ -9,8 +9,9 @@ from effbench import randomness
 from effbench.arms import ArmPlan, plan_arms
 from effbench.checkpoint import Checkpoint
 from effbench.errors import EffbenchError
-from effbench.lockstep import Arm, turn
+from effbench.lockstep import Arm, Setting, steps, turn
 from effbench.measure.clock import Clock
+from effbench.records import Protocol
 from effbench.spec import parse
 from effbench.training import order, schedule
 
@@ -68,6 +69,25 @@ def test_nothing_goes_on_without_the_baseline():
 
     with pytest.raises(EffbenchError, match="the baseline failed: ValueError: no"):
         turn([arm("baseline", "baseline")], 0, work, Clock())
+
+
+def test_what_is_done_between_two_steps_is_in_no_loop_at_whatever_moment_it_is_saved():
+    """A look at dev or a checkpoint is `other`; a resumed run begins with the seconds as they were saved in between."""
+
+    class Task:
+        def parts(self, model):
+            return {}
+
+    clock = Clock()
+    setting = Setting(Task(), None, Protocol(), clock, None)
+    for _ in steps([arm("baseline", "baseline")], "train", 0, range(3), lambda i: {}, lambda *a: None, setting):
+        begin = clock.now()
+        while clock.now() - begin < 0.05:
+            pass
+        setting.seconds["other"] += clock.now() - begin
+        saved = dict(setting.seconds)
+        assert 0 <= saved["loop"] - saved["data"] - saved["compute"] < 0.04
+    assert setting.seconds["other"] >= 0.15 and setting.seconds["loop"] < 0.1
 
 
 def test_random_state_survives_a_checkpoint(tmp_path):

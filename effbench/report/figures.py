@@ -24,7 +24,7 @@ KINDS = ("baseline", "method", "control")  # the order in which arms are shown
 CONTROLS = {
     "noop": "",
     "identity": "",
-    "random": "random tokens",
+    "random": "random choice",
     "grid": "tokens on a grid",
     "norm": "tokens by norm",
     "resize": "image size",
