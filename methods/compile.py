@@ -50,9 +50,12 @@ class Compile(Method):
                     f"compile: {layout.name} lays every batch of texts out in another shape, each a graph of its own",
                     "use compile:target=tower",
                 )
+        import torch._inductor.config as inductor
+
         if why := unavailable():
             raise UsageError(f"compile: {why}", "leave compile out on this machine")
         mode = None if self.mode == "default" else self.mode
+        inductor.compile_threads = 1  # worker processes would stand beside timed steps, and outlive the run
         for tower in towers:
             unpack_tower(tower)  # Inductor takes no weight in oneDNN's layout
             loop = tower.loop
