@@ -115,4 +115,21 @@ def of_inputs(inputs: Tensor | Sequence[Any] | None) -> CalibrationSet:
     """What a user's own model is calibrated with: images (images, 3, height, width), or tuples of its arguments."""
     given = [] if inputs is None else list(inputs.split(BATCH)) if isinstance(inputs, Tensor) else list(inputs)
     calls = [each if isinstance(each, tuple) else (each,) for each in given]
-    return CalibrationSet(lambda: iter(calls), sum(len(call[0]) for call in calls), lambda model, call: model(*call))
+    for call in calls:
+        if not call or not all(isinstance(part, Tensor) and part.ndim for part in call):
+            raise UsageError(f"calibration: {call!r:.80} is no tensor", _TAKES)
+        if not all(part.isfinite().all() for part in call):
+            raise UsageError("calibration: the images hold values that are not finite", _TAKES)
+
+    def run(model: nn.Module, call: tuple[Tensor, ...]) -> Tensor:
+        try:
+            return model(*call)
+        except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+            shapes = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in call)
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"calibration: the model does not take {shapes}: {reason}", _TAKES) from error
+
+    return CalibrationSet(lambda: iter(calls), sum(len(call[0]) for call in calls), run)
+
+
+_TAKES = "give images as the model takes them, (images, 3, height, width), or a list of tuples of its arguments"

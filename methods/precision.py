@@ -15,6 +15,7 @@ from effbench.models.tower import ModelView, Tower
 from effbench_methods.algorithms.attention_written_out import bf16_on_cpu, write_out
 from effbench_methods.algorithms.attention_written_out import notes as notes_of_attention
 from effbench_methods.algorithms.bf16_linear import PackedLinear, pack_tower
+from effbench_methods.algorithms.int8_linear import Int8Linear
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
@@ -44,6 +45,11 @@ class Precision(Method):
             raise UsageError(
                 f"precision: target={'/'.join(self.target)} names no tower of this {type(model.model).__name__}",
                 f"it has target={'/'.join(_towers(model)) or 'none'}",
+            )
+        if any(isinstance(module, Int8Linear) for module in model.model.modules()):
+            raise UsageError(
+                f"precision: dtype={self.dtype}: this model is quantised in int8, whose kernel takes float32",
+                "take precision or quantize, or precision+quantize:kind=weight_only",
             )
         dtype = DTYPES[self.dtype]
         for tower in towers.values():

@@ -61,6 +61,21 @@ def test_too_few_images_are_refused_by_name():
     assert "calibration=images" in nothing.value.hint
 
 
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ([3], "is no tensor"),
+        (torch.full((2, 3, 32, 32), torch.nan), "not finite"),
+        (torch.zeros(2, 3, 24, 24), "does not take \\(2, 3, 24, 24\\)"),
+        (torch.zeros(2, 1, 32, 32), "does not take \\(2, 1, 32, 32\\)"),
+    ],
+)
+def test_what_a_model_cannot_be_calibrated_with_is_refused(inputs, message):
+    with pytest.raises(UsageError, match=f"calibration: .*{message}") as refused:
+        effbench.apply(tiny.vit(), "quantize:kind=static,images=1", calibration=inputs)
+    assert "(images, 3, height, width)" in refused.value.hint
+
+
 def test_gradients_need_a_loss():
     with pytest.raises(UsageError, match="task's loss"):
         list(of_inputs(torch.zeros(2, 3, 8, 8)).losses(torch.nn.Identity(), 2))

@@ -313,3 +313,19 @@ def test_torchao_is_not_needed(monkeypatch):
     with pytest.raises(UsageError, match="torchao is not installed"):
         effbench.apply(vit(), "quantize:library=torchao")
     effbench.apply(vit(), "quantize")
+
+
+def test_a_cast_after_int8_is_refused_and_leaves_the_model_as_it_is():
+    model = effbench.apply(vit(), "quantize")
+    expected = model(IMAGES)
+    with pytest.raises(UsageError, match="precision: dtype=bf16: this model is quantised in int8"):
+        effbench.apply(model, "precision:bf16")
+    assert torch.equal(model(IMAGES), expected)
+
+
+def test_the_flops_command_counts_int8():
+    from effbench.measure.flop_towers import Request, count_towers
+
+    request = Request("timm:test_vit")
+    plain, low = (count_towers(request, stack)["image"].count for stack in ((), parse("quantize")))
+    assert low.dense_flops + 2 * low.low_bit_macs == plain.dense_flops and low.low_bit_macs > 0

@@ -72,7 +72,12 @@ def count_towers(request: Request, methods: tuple[Method, ...] = ()) -> dict[str
     for name, (tower, inputs) in _built(request, methods).items():
         try:
             found[name] = _count(tower, inputs, request.train, without_values=True)
-        except (RuntimeError, ValueError, AssertionError):  # values decide what runs, or a kernel needs them
+        except (
+            RuntimeError,
+            ValueError,
+            AssertionError,
+            UsageError,
+        ):  # values decide what runs, or a kernel needs them
             found[name] = _run(name, *_built(request, methods)[name], request.train)
     return found
 
