@@ -327,5 +327,7 @@ def test_the_flops_command_counts_int8():
     from effbench.measure.flop_towers import Request, count_towers
 
     request = Request("timm:test_vit")
-    plain, low = (count_towers(request, stack)["image"].count for stack in ((), parse("quantize")))
+    towers = [count_towers(request, stack)["image"] for stack in ((), parse("quantize"))]
+    plain, low = (tower.count for tower in towers)
+    assert towers[0].parameters == towers[1].parameters
     assert low.dense_flops + 2 * low.low_bit_macs == plain.dense_flops and low.low_bit_macs > 0

@@ -15,6 +15,7 @@ from effbench.calibration_set import CalibrationSet
 from effbench.errors import EffbenchError, UsageError
 from effbench.measure.analytic import AnalyticCount, analytic, disagreement
 from effbench.measure.flops import FlopCount, flops
+from effbench.measure.structure import parameters
 from effbench.method import Method, TrainingPlan
 from effbench.models.choose import choose
 from effbench.models.tower import view
@@ -193,8 +194,7 @@ def _count(tower: nn.Module, inputs: Tensor, train: bool, without_values: bool) 
     for owner, name, mask in masks:  # what is useful depends on their values
         owner._buffers[name] = mask
     count = flops(tower, inputs, train=train)
-    parameters = sum(parameter.numel() for parameter in tower.parameters())
-    return TowerFlops(count, formulas, disagreement(count, formulas), parameters)
+    return TowerFlops(count, formulas, disagreement(count, formulas), parameters(tower))
 
 
 def _masks(buffer: Tensor) -> bool:
