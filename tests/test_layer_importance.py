@@ -119,9 +119,9 @@ def test_a_failure_leaves_nothing_behind():
     edits = [block.token_edit for block in tower.blocks]
 
     def fails(depth, tokens, ends):
-        raise RuntimeError("stop")
+        raise KeyError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"):
+    with pytest.raises(KeyError, match="stop"):
         hidden_states(tower, model, of_inputs(PHOTOS), 20, fails)
     assert [block.token_edit for block in tower.blocks] == edits and "_through" not in vars(tower.loop)
 
