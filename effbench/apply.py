@@ -52,9 +52,10 @@ def apply(model: M, spec: str | Method | tuple[Method, ...], calibration: Tensor
                 f"{name} acts while training (phase={method.phase}), and effbench.apply trains nothing",
                 "leave phase= out" if method.natural_phase() == "test" else f"train it: effbench run --method {name}",
             )
+    data = of_inputs(calibration)
     seen = view(model)
     for method in methods:
         method.edit_model(seen)
     for method in methods:
-        method.finish(seen, of_inputs(calibration))
+        method.finish(seen, data)
     return model

@@ -170,6 +170,21 @@ def testing_model(
     return model.eval().requires_grad_(False)
 
 
+def try_out(
+    arm: ArmPlan, task: Task, recipe: Any, backbone: Backbone, protocol: Protocol, rehearsal: CalibrationSet
+) -> None:
+    """Build an arm once, as it trains and as it is tested, and throw it away: what does not fit is refused.
+
+    Raises:
+        UsageError: as the methods say.
+    """
+    arm = settled(arm, task, recipe, backbone, protocol, rehearsal)
+    if arm.kind == "baseline" or arm.during("train", "both"):
+        training_model(arm, task, recipe, backbone, protocol)
+    if arm.during("test"):
+        testing_model(arm, task, recipe, backbone, protocol, {}, rehearsal)
+
+
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of what training changes: parameters with gradients, and buffers, under the library's keys."""
     state = model.state_dict(keep_vars=True)

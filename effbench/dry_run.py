@@ -54,7 +54,6 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
         build = (task, experiment.recipe, experiment.backbone, protocol)
         settled_plan = settled(plan, *build, experiment.rehearsal)
         model = testing_model(settled_plan, *build, {}, experiment.rehearsal)
-        model = model.to(protocol.device)
         rng = np.random.default_rng(0)
         with torch.inference_mode():
             pair, whole = (_random_batch(experiment, "test", few, drawn) for drawn in (rng, None))

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from effbench import calibration_set, engine, randomness, results, store
-from effbench.arms import CONTROLS, ArmPlan, plan_arms, settled, testing_model, training_model
+from effbench.arms import CONTROLS, ArmPlan, plan_arms, settled, testing_model, training_model, try_out
 from effbench.budget import image_work, resize_arms
 from effbench.checkpoint import Checkpoint
 from effbench.errors import EffbenchError, InvalidError, UsageError
@@ -124,12 +124,7 @@ class Experiment:
                     "use --train full, or --train locked for what trains beside a frozen tower",
                 )
             randomness.seed_all(0)
-            build = (self.task, self.recipe, self.backbone, self.protocol)
-            plan = settled(plan, *build, self.rehearsal)
-            if plan.kind == "baseline" or plan.during("train", "both"):
-                training_model(plan, *build)
-            if plan.during("test"):
-                testing_model(plan, *build, {}, self.rehearsal)
+            try_out(plan, self.task, self.recipe, self.backbone, self.protocol, self.rehearsal)
 
     def envelope(self) -> Envelope:
         return Envelope(
@@ -283,7 +278,7 @@ class Experiment:
                 model = testing_model(
                     plan, self.task, self.recipe, self.backbone, self.protocol, state, self.calibration()
                 )
-            arms.append(Arm(plan, model.to(self.protocol.device), randomness.get_state(), error=error))
+            arms.append(Arm(plan, model, randomness.get_state(), error=error))
         return arms
 
     def calibration(self) -> calibration_set.CalibrationSet:

@@ -34,7 +34,7 @@ def make_step(
     batch = _batch(shapes, protocol)
     few = {key: value[:2] for key, value in batch.items()}
     calibration = CalibrationSet(lambda: iter([few]), 2**31, head.predict, head.loss, thrifty=True)
-    model = testing_model(plan, head, recipe, _backbone(origin), protocol, {}, calibration).to(protocol.device)
+    model = testing_model(plan, head, recipe, _backbone(origin), protocol, {}, calibration)
 
     def run() -> None:
         with torch.inference_mode():

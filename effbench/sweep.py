@@ -135,17 +135,13 @@ def _experiments(
 
 def _misfit(stack: tuple[Method, ...], task: Any, recipe: Any, tower: Any, protocol: Any, rehearsal: Any) -> str:
     """Why a backbone cannot take a stack; empty where it can."""
-    from effbench.arms import ArmPlan, settled, testing_model, training_model
+    from effbench.arms import ArmPlan, try_out
 
     arm = ArmPlan("", stack)
     if arm.phase != "test" and (protocol.train == "none" or not protocol.epochs):
         return "it acts while training, but nothing is trained (options.train: locked or full)"
     try:
-        if arm.during("train", "both"):
-            arm = settled(arm, task, recipe, tower, protocol, rehearsal)
-            training_model(arm, task, recipe, tower, protocol)
-        if arm.during("test"):
-            testing_model(arm, task, recipe, tower, protocol, {}, rehearsal)
+        try_out(arm, task, recipe, tower, protocol, rehearsal)
     except UsageError as error:
         return f"{error} ({error.hint})" if error.hint else str(error)
     return ""

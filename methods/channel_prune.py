@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from effbench.errors import UsageError
 from effbench.method import Method, param
 from effbench.models.attention import Attention
 from effbench.models.tower import ModelView, Tower
+from effbench_methods.algorithms.loss_gradients import loss_gradients
 
 if TYPE_CHECKING:
     from effbench.calibration_set import CalibrationSet
@@ -68,7 +68,7 @@ class ChannelPrune(Method):
         same_shapes = calibration.thrifty and not self.isomorphic  # whatever the scores are
         if self.importance == "taylor" and not same_shapes:
             weights = [p for rank in ranks for p in rank.channels.parameters()]
-            with gradients(model.model, weights, calibration, self.images):
+            with loss_gradients(model.model, weights, calibration, self.images):
                 scores = [rank.scores(GroupTaylorImportance()) for rank in ranks]
         else:
             scores = [rank.scores(GroupMagnitudeImportance()) for rank in ranks]
@@ -234,25 +234,3 @@ def _tower(model: ModelView, name: str) -> Tower:
         kind, hint = ("image", "use a ViT backbone") if name == "tower" else ("text", "leave target=text out")
         raise UsageError(f"channel_prune: target={name}: no {kind} tower of transformer blocks is here", hint)
     return tower
-
-
-@contextmanager
-def gradients(
-    model: nn.Module, weights: Sequence[nn.Parameter], calibration: CalibrationSet, images: int
-) -> Iterator[None]:
-    """The gradients of the training loss, summed over the batches; modes and gradients are as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    known = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        model.eval().requires_grad_(False)
-        for p in weights:
-            p.requires_grad_(True).grad = torch.zeros_like(p)  # zero where the loss does not reach
-        with torch.enable_grad():
-            for loss in calibration.losses(model, images):
-                loss.backward()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for p, requires, grad in known:
-            p.requires_grad_(requires).grad = grad

@@ -15,6 +15,7 @@ from effbench.errors import EffbenchError, UsageError
 from effbench.method import Method, param
 from effbench.models.tower import ModelView
 from effbench_methods.algorithms.bf16_linear import unpack_tower
+from effbench_methods.algorithms.tower_parts import towers, towers_asked_for
 
 GRAPHS = 24  # that a tower may have, one per shape of its input; a run has about a dozen batch sizes
 
@@ -36,27 +37,20 @@ class Compile(Method):
     target: tuple[str, ...] = param(("tower", "text"), "image tower, text tower or both", choices=("tower", "text"))
 
     def finish(self, model: ModelView, calibration: CalibrationSet) -> None:
-        known = dict(tower=model.image, text=model.text)
-        towers = [tower for name, tower in known.items() if name in self.target and tower is not None]
-        if not towers:
-            there = "/".join(name for name, tower in known.items() if tower is not None)
-            raise UsageError(
-                f"compile: target={'/'.join(self.target)} names no tower of this {type(model.model).__name__}",
-                f"it has target={there or 'none'}",
-            )
-        for tower in towers:
+        import torch._inductor.config as inductor
+
+        asked = towers_asked_for(model, self.target, "compile").values()
+        for tower in asked:
             if (layout := getattr(tower.module, "layout", None)) is not None:
                 raise UsageError(
                     f"compile: {layout.name} lays every batch of texts out in another shape, each a graph of its own",
                     "use compile:target=tower",
                 )
-        import torch._inductor.config as inductor
-
         if why := unavailable():
             raise UsageError(f"compile: {why}", "leave compile out on this machine")
         mode = None if self.mode == "default" else self.mode
         inductor.compile_threads = 1  # worker processes would stand beside timed steps, and outlive the run
-        for tower in towers:
+        for tower in asked:
             unpack_tower(tower)  # Inductor takes no weight in oneDNN's layout
             loop = tower.loop
             # nothing is compiled before the first call
@@ -67,8 +61,8 @@ class Compile(Method):
 
     def notes(self, model: ModelView) -> list[str]:
         said = []
-        for tower in (model.image, model.text):
-            compiled = tower and tower.loop._compiled_call_impl
+        for tower in towers(model).values():
+            compiled = tower.loop._compiled_call_impl
             if isinstance(compiled, Compiled):
                 said.append(
                     f"{tower.name}: {compiled.graphs} graphs compiled, in first steps of {compiled.seconds:.1f} s"

@@ -16,6 +16,7 @@ from effbench.method import Method, TrainingPlan, param
 from effbench.models.tower import image_tower
 from effbench_methods.algorithms import layer_importance
 from effbench_methods.algorithms.layer_choice import PLACES, best, by_place
+from effbench_methods.algorithms.loss_gradients import evaluating
 
 if TYPE_CHECKING:
     from effbench.calibration_set import CalibrationSet
@@ -269,7 +270,7 @@ def change_in_training(tower: Tower, model: nn.Module, calibration: CalibrationS
     """
     kept = {p: p.detach().clone() for p in model.parameters()}
     optimiser = torch.optim.AdamW([p for p in kept if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
-    with layer_importance.evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for loss in islice(_losses(model, calibration, images), steps):
             optimiser.zero_grad()
             loss.backward()

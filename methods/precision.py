@@ -11,11 +11,12 @@ from torch import nn
 from effbench.calibration_set import CalibrationSet
 from effbench.errors import UsageError
 from effbench.method import Method, param
-from effbench.models.tower import ModelView, Tower
+from effbench.models.tower import ModelView
 from effbench_methods.algorithms.attention_written_out import bf16_on_cpu, write_out
 from effbench_methods.algorithms.attention_written_out import notes as notes_of_attention
 from effbench_methods.algorithms.bf16_linear import PackedLinear, pack_tower
 from effbench_methods.algorithms.int8_linear import Int8Linear
+from effbench_methods.algorithms.tower_parts import sides, towers, towers_asked_for
 
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
@@ -40,30 +41,26 @@ class Precision(Method):
     pack: bool = param(True, "weights in oneDNN's own layout, on a CPU with bf16 instructions")
 
     def finish(self, model: ModelView, calibration: CalibrationSet) -> None:
-        towers = {name: tower for name, tower in _towers(model).items() if name in self.target}
-        if not towers:
-            raise UsageError(
-                f"precision: target={'/'.join(self.target)} names no tower of this {type(model.model).__name__}",
-                f"it has target={'/'.join(_towers(model)) or 'none'}",
-            )
+        asked = towers_asked_for(model, self.target, "precision")
         if any(isinstance(module, Int8Linear) for module in model.model.modules()):
             raise UsageError(
                 f"precision: dtype={self.dtype}: this model is quantised in int8, whose kernel takes float32",
                 "take precision or quantize, or precision+quantize:kind=weight_only",
             )
         dtype = DTYPES[self.dtype]
-        for tower in towers.values():
+        for tower in asked.values():
             device = next(tower.module.parameters()).device
-            # a run's model may still be on the CPU here, and move to the GPU afterwards
+            # a user's model may still be on the CPU here, and move to the GPU afterwards
             if dtype == torch.float16 and device.type == "cpu" and not (_fp16_on_cpu() or torch.cuda.is_available()):
                 raise UsageError(
                     "precision: dtype=fp16 needs a GPU; this CPU has no float16 matrix products (they run 10 times "
                     "slower than float32)",
                     "use precision:bf16",
                 )
-        for name, tower in towers.items():
-            spared = model.image.module if name == "text" and model.image and "tower" not in self.target else None
-            _cast(_part(model.model, tower.module), dtype, spared)
+        for module, side in sides(model).items():
+            if side in self.target:
+                module._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, recurse=False)
+        for tower in asked.values():
             if tower.stem is not None:
                 tower.stem.register_forward_pre_hook(cast_images)
                 write_out(tower, "precision", dtype, dtype)
@@ -75,7 +72,7 @@ class Precision(Method):
         said = []
         if "text" in self.target and model.text is None and hasattr(model.model, "text_encoder"):
             said.append("the text tower stays as it is: effbench does not know its library")
-        on_cpu = any(next(tower.module.parameters()).device.type == "cpu" for tower in _towers(model).values())
+        on_cpu = any(next(tower.module.parameters()).device.type == "cpu" for tower in towers(model).values())
         if on_cpu and self.dtype == "bf16" and not bf16_on_cpu():
             said.append("this CPU has no bf16 instructions (AVX512_BF16 or AMX), so bf16 may be no faster")
         if on_cpu:
@@ -93,32 +90,6 @@ def cast_images(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Forward pre-hook: the images in the dtype of the module's weights."""
     images, *rest = inputs
     return (images.to(next(module.parameters()).dtype), *rest)
-
-
-def _towers(model: ModelView) -> dict[str, Tower]:
-    return {name: tower for name, tower in dict(tower=model.image, text=model.text).items() if tower is not None}
-
-
-def _part(model: nn.Module, module: nn.Module) -> nn.Module:
-    """The part of a model that holds a tower and what belongs to it, e.g. OpenCLIP's head on a timm trunk."""
-    return (
-        next((child for child in model.children() if _holds(child, module)), module) if model is not module else model
-    )
-
-
-def _holds(part: nn.Module, module: nn.Module) -> bool:
-    return any(each is module for each in part.modules())
-
-
-def _cast(part: nn.Module, dtype: torch.dtype, spared: nn.Module | None) -> None:
-    """Cast a part, but not the child that holds `spared`: open_clip.CLIP, its own text tower, holds the image tower."""
-    if spared is None or not _holds(part, spared):
-        part.to(dtype)
-        return
-    for child in part.children():
-        if not _holds(child, spared):
-            child.to(dtype)
-    part._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, recurse=False)
 
 
 def _fp16_on_cpu() -> bool:

@@ -17,7 +17,9 @@ from effbench_methods.algorithms.attention_written_out import notes as notes_of_
 from effbench_methods.algorithms.bf16_linear import unpack_tower
 from effbench_methods.algorithms.fused_gelu import gelus
 from effbench_methods.algorithms.int8_linear import Int8Linear
+from effbench_methods.algorithms.loss_gradients import evaluating
 from effbench_methods.algorithms.low_bit_weights import Fp8Linear, Int4WeightsLinear, Int8WeightsLinear, LowBitWeights
+from effbench_methods.algorithms.tower_parts import sides, towers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,8 +96,8 @@ class Quantize(Method):
         return LAYERS[self.kind] is Int8Linear and self.library == INT8
 
     def finish(self, model: ModelView, calibration: CalibrationSet) -> None:
-        for name, tower in dict(tower=model.image, text=model.text).items():
-            if tower is not None and name in self.target:
+        for name, tower in towers(model).items():
+            if name in self.target:
                 unpack_tower(tower)
         found = linears(model, self.target)
         if not found:
@@ -160,27 +162,12 @@ class Quantize(Method):
 def linears(model: ModelView, target: tuple[str, ...]) -> dict[str, nn.Linear]:
     """The floating-point linear layers of the towers asked for, by name. A layer that others read (out_proj of
     nn.MultiheadAttention) is of another class and no part of them."""
+    of = sides(model)
     return {
         name: module
         for name, module in model.model.named_modules()
-        if type(module) is nn.Linear and type(module.weight.data) is torch.Tensor and side(model, name) in target
+        if type(module) is nn.Linear and type(module.weight.data) is torch.Tensor and of[module] in target
     }
-
-
-def side(model: ModelView, name: str) -> str:
-    """Which tower a module belongs to: "tower", "text", or "" for what joins them."""
-    paths = {module: path for path, module in model.model.named_modules()}
-    text = "" if model.text is None else paths[model.text.loop]
-    if model.image is not None:
-        image = paths[model.image.module]
-        while (parent := image.rpartition(".")[0]) and not f"{text}.".startswith(f"{parent}."):
-            image = parent  # what a library puts around a tower, e.g. its projection
-        if not image or f"{name}.".startswith(f"{image}."):
-            return "tower"
-    if model.text is None:
-        return ""
-    path = paths[model.text.module]  # OpenCLIP's CLIP is its own text tower
-    return "text" if not path or f"{name}.".startswith(f"{path}.") else ""
 
 
 def seen_ranges(
@@ -197,11 +184,10 @@ def seen_ranges(
         observer(inputs[0])
 
     hooks = [linear.register_forward_pre_hook(partial(observe, observers[name])) for name, linear in found.items()]
-    training = model.training
     try:
-        calibration.run(model.eval(), images)
+        with evaluating(model):
+            calibration.run(model, images)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     ranges = {}
@@ -257,9 +243,9 @@ def obstacle(kind: str, library: str, device: torch.device) -> str:
 
 def shares(model: ModelView, target: tuple[str, ...]) -> tuple[dict[str, int], dict[str, int]]:
     """Weights of the towers by number: of the quantised layers by name, and of the rest."""
-    low, rest = {}, {}
+    low, rest, of = {}, {}, sides(model)
     for name, module in model.model.named_modules():
-        if side(model, name) not in target:
+        if of[module] not in target:
             continue
         packed = isinstance(module, (Int8Linear, LowBitWeights))
         if packed or type(module) is nn.Linear and type(module.weight.data) is not torch.Tensor:

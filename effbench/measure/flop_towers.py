@@ -73,12 +73,8 @@ def count_towers(request: Request, methods: tuple[Method, ...] = ()) -> dict[str
     for name, (tower, inputs) in _built(request, methods).items():
         try:
             found[name] = _count(tower, inputs, request.train, without_values=True)
-        except (
-            RuntimeError,
-            ValueError,
-            AssertionError,
-            UsageError,
-        ):  # values decide what runs, or a kernel needs them
+        except (RuntimeError, ValueError, AssertionError, UsageError):
+            # values decide what runs, or a kernel needs them
             found[name] = _run(name, *_built(request, methods)[name], request.train)
     return found
 
@@ -141,16 +137,13 @@ def _edit(
         return
     seen = view(model)
     calibration = _calibration(towers)
+    for i, method in enumerate(acting):
+        acting[i] = method if method.phase == "test" else method.settle(seen, calibration)
+        acting[i].edit_model(seen)
     if not train:
-        for i, method in enumerate(acting):
-            acting[i] = method.settle(seen, calibration) if method.phase == "both" else method
-            acting[i].edit_model(seen)
         for method in acting:
             method.finish(seen, calibration)
         return
-    for i, method in enumerate(acting):
-        acting[i] = method.settle(seen, calibration)
-        acting[i].edit_model(seen)
     plan = TrainingPlan(seen, [], [])
     for method in acting:
         method.edit_training(plan)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effbench.errors import UsageError
+from effbench_methods.algorithms.loss_gradients import evaluating, loss_gradients
 
 if TYPE_CHECKING:
     from effbench.calibration_set import CalibrationSet
@@ -137,23 +138,9 @@ def gradient_norm(tower: Tower, model: nn.Module, calibration: CalibrationSet, i
         UsageError: there is no loss: a bare model has no task.
     """
     parameters = [list(block.parameters()) for block in tower.blocks]
-    inside = {id(p) for block in parameters for p in block}
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    sums = torch.zeros(len(parameters), dtype=torch.float64)
-    with evaluating(model), torch.enable_grad():
-        try:
-            for p, _, _ in before:
-                p.grad = None
-                p.requires_grad_(id(p) in inside)
-            for loss in calibration.losses(model, images):
-                loss.backward()
-            for i, block in enumerate(parameters):
-                sums[i] = sum(p.grad.double().square().sum().item() for p in block if p.grad is not None)
-        finally:
-            for p, required, grad in before:
-                p.requires_grad_(required)
-                p.grad = grad
-    return sums.sqrt()
+    with loss_gradients(model, [p for block in parameters for p in block], calibration, images):
+        squares = [sum(p.grad.double().square().sum().item() for p in block) for block in parameters]
+    return torch.tensor(squares, dtype=torch.float64).sqrt()
 
 
 def parameter_change(before: Sequence[dict[str, Tensor]], after: Sequence[dict[str, Tensor]]) -> Tensor:
@@ -182,18 +169,6 @@ def has_ends(tower: Tower) -> bool:
     if not is_causal(tower) or not hasattr(text, "ends") or getattr(text, "cls_emb", None) is not None:
         return False
     return text.pooling()[0] in ("argmax", "eos")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode; every part is in the mode that it was in afterwards."""
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 @contextmanager
