@@ -93,6 +93,25 @@ def judges(stack: tuple[Method, ...]) -> dict[str, list[tuple[Method, ...]]]:
     return found
 
 
+def trainer(plan: ArmPlan, plans: Sequence[ArmPlan]) -> ArmPlan:
+    """The arm that trains the weights which an arm is tested with: itself, or one whose training is the very same.
+
+    Nothing is trained twice: `layer_tune+quantize` is tested with the weights of `layer_tune`, where that is an arm.
+    """
+    acting = canonical(tuple(plan.during("train", "both")))
+    if not acting:
+        return plan
+    same = [each for each in plans if canonical(tuple(each.during("train", "both"))) == acting]
+    return next((each for each in same if each.name == acting), same[0])
+
+
+def with_choices(plan: ArmPlan, trained: ArmPlan) -> ArmPlan:
+    """An arm with the choices that the arm which trains its weights has made (see `settled`)."""
+    chosen = iter(trained.during("train", "both"))
+    methods = [next(chosen) if method.phase != "test" else method for method in plan.methods]
+    return replace(plan, methods=tuple(methods))
+
+
 def training_model(
     arm: ArmPlan, task: Task, recipe: Any, backbone: Backbone, protocol: Protocol
 ) -> tuple[nn.Module, TrainingPlan]:

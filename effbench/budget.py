@@ -52,7 +52,7 @@ def image_work(
     inputs: list[Any] = []
     handle = part.register_forward_pre_hook(lambda _, given: inputs.append(given))
     with torch.no_grad():
-        flops_of(lambda: task.predict(model, batch))  # runs it uncompiled: this model is thrown away
+        flops_of(lambda: task.serve(model, batch))  # runs it uncompiled: this model is thrown away
         handle.remove()
         return flops_of(lambda: part(*inputs[0]), part).work, model
 

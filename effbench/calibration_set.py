@@ -94,7 +94,7 @@ def of_task(
             part = rows[start : start + size]
             yield to_device(task.batch(prepared, "train", part, np.random.default_rng([0, start])))
 
-    return CalibrationSet(batches, len(rows), task.predict, task.loss)
+    return CalibrationSet(batches, len(rows), task.observe, task.loss)
 
 
 def rehearsal(task: Task, prepared: Any, protocol: Protocol, available: int) -> CalibrationSet:
@@ -108,7 +108,7 @@ def rehearsal(task: Task, prepared: Any, protocol: Protocol, available: int) -> 
         2, 3, protocol.image_size, protocol.image_size, generator=torch.Generator().manual_seed(0)
     )
     batch = {key: value.to(protocol.device) for key, value in batch.items()}
-    return CalibrationSet(lambda: iter([dict(batch)]), available, task.predict, task.loss, thrifty=True)
+    return CalibrationSet(lambda: iter([dict(batch)]), available, task.observe, task.loss, thrifty=True)
 
 
 def of_inputs(inputs: Tensor | Sequence[Any] | None) -> CalibrationSet:

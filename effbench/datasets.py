@@ -24,12 +24,14 @@ class Resolved:
     """A task with its data.
 
     Args:
+        source: the task whose data they are: the task itself, or its stand-in.
         stood_in: True where no real copy was found and the embedded data stand in.
         looked: then the message that names the places looked at and the way to get the real data, for the banner.
     """
 
     task: Task
     data: Data
+    source: Task
     stood_in: bool = False
     looked: str = ""
 
@@ -92,17 +94,18 @@ def resolve(task_name: str, where: str | Path | None = None, progress: Progress 
     from effbench.registry import tasks
 
     task = tasks.get(task_name)()
-    if where == task.stand_in and where is not None:
-        return Resolved(task, tasks.get(task.stand_in)().load(DataRequest(progress=progress)))
-    if where not in (None, "real", task_name if task.stand_in is None else None):
-        return Resolved(task, task.load(DataRequest(Path(where), progress)))
+    stand_in = tasks.get(task.stand_in)() if task.stand_in else None
+    if stand_in and where is not None and where in (task.stand_in, stand_in.embedded):
+        return Resolved(task, stand_in.load(DataRequest(progress=progress)), stand_in)
+    if where not in (None, "real") and (stand_in or where not in (task_name, task.embedded)):
+        return Resolved(task, task.load(DataRequest(Path(where), progress)), task)
     try:
-        return Resolved(task, task.load(DataRequest(progress=progress)))
+        return Resolved(task, task.load(DataRequest(progress=progress)), task)
     except DataNotFound as missing:
-        if where == "real" or task.stand_in is None:
+        if where == "real" or stand_in is None:
             raise
-        data = tasks.get(task.stand_in)().load(DataRequest(progress=progress))
-        return Resolved(task, data, stood_in=True, looked=f"{missing}. {missing.hint}")
+        data = stand_in.load(DataRequest(progress=progress))
+        return Resolved(task, data, stand_in, stood_in=True, looked=f"{missing}. {missing.hint}")
 
 
 def check(data: Data, progress: Progress = silent, expected: dict[str, int] | None = None) -> CheckReport:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from effbench import randomness
-from effbench.arms import settled, testing_model
+from effbench.arms import settled, testing_model, trainer
 from effbench.economics import look_steps
 from effbench.engine import optimiser
 from effbench.lockstep import Arm, Batch
@@ -57,14 +57,15 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
         rng = np.random.default_rng(0)
         with torch.inference_mode():
             pair, whole = (_random_batch(experiment, "test", few, drawn) for drawn in (rng, None))
-            step = _seconds(lambda model=model, batch=pair: task.predict(model, batch))
+            step = _seconds(lambda model=model, batch=pair: task.serve(model, batch))
             testing = _seconds(lambda model=model, batch=whole: task.predict(model, batch))
         testing *= len(protocol.seeds) * sizes["test"] / few
         images = sum(experiment.batches)
         timing = step / few * images * (protocol.timing_pairs + WARMUP)
         training = _training(experiment, trains[plan.name], step / few) if plan.name in trains else 0.0
         total += testing + timing + training
-        own = "itself" if plan.name in trains else "baseline" if trains else "nobody"
+        weights = trainer(plan, experiment.plans).name
+        own = "itself" if plan.name in trains else weights if weights in trains else "baseline" if trains else "nobody"
         rows.append(
             [
                 plan.name,
@@ -107,7 +108,7 @@ def _training(experiment: Experiment, arm: Arm, per_image: float) -> float:
         with torch.no_grad():
             features = task.frozen_features(arm.model, batch["image"])
         tokens = task.batch(experiment.prepared, "train", np.arange(probe), rng, pixels=False)
-        batch = experiment.setting.to_device(tokens) | dict(features=features.repeat(probe // 2 + 1, 1)[:probe])
+        batch = experiment.setting.to_device(tokens) | dict(features=torch.cat([features] * (probe // 2 + 1))[:probe])
     training_mode([arm])
     adam = optimiser(arm.model, protocol)
 
@@ -122,10 +123,10 @@ def _training(experiment: Experiment, arm: Arm, per_image: float) -> float:
     look = _random_batch(experiment, "dev", few, None)
     if cached:
         del look["image"]
-        look["features"] = features.repeat(few // 2 + 1, 1)[:few]
+        look["features"] = torch.cat([features] * (few // 2 + 1))[:few]
     arm.model.eval()
     with torch.no_grad():
-        looking = _seconds(lambda: task.predict(arm.model, look)) * sizes["dev"] / few
+        looking = _seconds(lambda: task.look(arm.model, look)) * sizes["dev"] / few
     spent += looking * len(look_steps(protocol.epochs, per_epoch, protocol.dev_checks))
     return spent * len(protocol.seeds) + (per_image * (sizes["train"] + sizes["dev"]) if cached else 0.0)
 

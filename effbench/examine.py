@@ -46,7 +46,7 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
     batch = _test_batch(experiment, np.arange(pairs))
 
     def step() -> None:
-        task.predict(arm.model, batch)
+        task.serve(arm.model, batch)
 
     with torch.inference_mode():
         seen = kernels(step)
@@ -90,7 +90,7 @@ def _image_by_image(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     def count(rows: np.ndarray) -> FlopCount:
         batch = _test_batch(experiment, rows)
         with torch.no_grad():
-            return flops_of(lambda: task.predict(arm.model, batch), arm.model)
+            return flops_of(lambda: task.serve(arm.model, batch), arm.model)
 
     size = min(experiment.protocol.timing_batch, experiment.sizes["test"])
     each = [count(np.array([row])) for row in range(min(IMAGES, experiment.sizes["test"]))]

@@ -17,7 +17,17 @@ import torch
 from filelock import FileLock, Timeout
 
 from effbench import calibration_set, engine, randomness, results, store
-from effbench.arms import CONTROLS, ArmPlan, plan_arms, settled, testing_model, training_model, try_out
+from effbench.arms import (
+    CONTROLS,
+    ArmPlan,
+    plan_arms,
+    settled,
+    testing_model,
+    trainer,
+    training_model,
+    try_out,
+    with_choices,
+)
 from effbench.budget import image_work, resize_arms
 from effbench.checkpoint import Checkpoint
 from effbench.errors import EffbenchError, InvalidError, UsageError
@@ -64,6 +74,7 @@ class Experiment:
     ) -> None:
         self.stopping, self.sweep, self.memory_runs = stopping, sweep, memory_runs
         self.task, self.name, self.data, self.backbone, self.live = task, name, data, backbone, live
+        task.set_apart(data, protocol)
         if protocol.data_share < 1:
             share = max(protocol.batch_size, round(len(data.splits["train"]) * protocol.data_share))
             drawn = np.random.default_rng(0).permutation(len(data.splits["train"]))[:share]
@@ -99,9 +110,13 @@ class Experiment:
     def trains(self) -> bool:
         return self.protocol.train != "none" and self.protocol.epochs > 0
 
+    def plan(self, name: str) -> ArmPlan:
+        """The arm of that name, as it was asked for."""
+        return next(plan for plan in self.plans if plan.name == name)
+
     def training_plans(self) -> list[ArmPlan]:
         """The arms that train weights of their own; noop and identity do so only beside a method that does."""
-        own = [plan for plan in self.plans if plan.phase != "test"]
+        own = [plan for plan in self.plans if plan.phase != "test" and trainer(plan, self.plans) is plan]
         return [plan for plan in self.plans if plan.kind == "baseline" or plan in own or (own and not plan.methods)]
 
     def check(self) -> None:
@@ -167,6 +182,8 @@ class Experiment:
                 f"this very experiment is running already in {out}", "wait for it, or choose another --out"
             ) from None
         try:
+            self.task.groundwork(self.prepared, self.backbone, self.protocol, self.live)
+            self.recipe = self.task.recipe(self.prepared)
             journal = Journal(Checkpoint(folder / "checkpoint.pt", every), self, fresh)
             # images are decoded here, under their own progress, not inside the first timed stage
             self.task.batch(self.prepared, "train", np.arange(1), None)
@@ -268,12 +285,13 @@ class Experiment:
         """Every arm as it is tested; an arm that trains nothing has the baseline's weights of the same seed."""
         arms = []
         for plan in self.plans:
-            error = trained["errors"].get(plan.name, "") if trained else ""
-            owner = plan.name if trained and plan.name in trained["arms"] else "baseline"
+            weights = trainer(plan, self.plans)
+            owner = weights.name if trained and weights.name in trained["arms"] else "baseline"
+            error = trained["errors"].get(owner, "") if trained and owner != "baseline" else ""
             state = trained["arms"][owner]["state"] if trained else {}
             randomness.seed_all(seed)
             model = torch.nn.Identity()
-            plan = self.settled.get((plan.name, seed), plan)
+            plan = with_choices(plan, self.settled.get((weights.name, seed), weights))
             if not error:
                 model = testing_model(
                     plan, self.task, self.recipe, self.backbone, self.protocol, state, self.calibration()

@@ -33,12 +33,12 @@ def make_step(
     head = tasks.get(task)()
     batch = _batch(shapes, protocol)
     few = {key: value[:2] for key, value in batch.items()}
-    calibration = CalibrationSet(lambda: iter([few]), 2**31, head.predict, head.loss, thrifty=True)
+    calibration = CalibrationSet(lambda: iter([few]), 2**31, head.observe, head.loss, thrifty=True)
     model = testing_model(plan, head, recipe, _backbone(origin), protocol, {}, calibration)
 
     def run() -> None:
         with torch.inference_mode():
-            head.predict(model, batch)
+            head.serve(model, batch)
 
     return Step(run, model)
 

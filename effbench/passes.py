@@ -38,7 +38,7 @@ def features(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: 
         return task.batch(prepared, *plan[index], None)
 
     def work(arm: Arm, batch: Batch, _: int) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), setting.protocol.autocast():
             done[arm.name].append(task.frozen_features(arm.model, batch["image"]).cpu())
 
     def state(index: int) -> Partial:
@@ -69,12 +69,12 @@ def evaluate(arm: Arm, split: str, setting: Setting, sizes: dict[str, int]) -> d
     task, prepared = setting.task, setting.prepared
     arm.model.eval()
     parts = []
-    with torch.no_grad():
+    with torch.no_grad(), setting.protocol.autocast():
         for _, rows in blocks(split, sizes[split], setting.protocol.eval_batch):
             batch = task.batch(prepared, split, rows, None, pixels=not arm.features) | dict(
                 index=torch.from_numpy(rows)
             )
-            parts.append(task.predict(arm.model, inputs(arm, split, setting.to_device(batch))))
+            parts.append(task.look(arm.model, inputs(arm, split, setting.to_device(batch))))
     return task.score(prepared, split, joined(parts))
 
 

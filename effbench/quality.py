@@ -226,6 +226,11 @@ class _Prepared:
         group = np.searchsorted(groups, items.group)
         self.size = np.bincount(group, minlength=len(groups)).astype(float)
         self.median = metric.reduce == "median"
+        self.combine = metric.combine
+        if self.combine is not None:
+            self.sums = np.zeros((len(groups), values.shape[1]))
+            np.add.at(self.sums, group, values)
+            return
         if not self.median:
             self.sums = np.bincount(group, values, len(groups))
             return
@@ -242,6 +247,8 @@ class _Prepared:
     def reduce(self, weights: np.ndarray) -> np.ndarray:
         """The metric under weights (resamples, groups): how often each group was drawn. Returns (resamples,)."""
         size = weights @ self.size
+        if self.combine is not None:
+            return self.combine(weights @ self.sums / size[:, None])
         if not self.median:
             return weights @ self.sums / size
         reached = (weights @ self.counts).cumsum(axis=1)

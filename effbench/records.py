@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import Annotated, Literal
 
@@ -26,6 +27,24 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Captioning(Model):
+    """What a captioning task adds to the protocol: the language model, how it came to be, and how it writes."""
+
+    decoder: Text = Field("tiny", description="tiny, hf:PATH_OR_NAME, or `own` of a whole vision-language model")
+    layers: int = Field(6, ge=1, le=1000, description="of the tiny decoder")
+    width: int = Field(256, ge=8, le=65536, description="of the tiny decoder, 64 per head")
+    image_tokens: int = Field(49, ge=0, le=65536, description="that the connector hands over; 0: all patches")
+    stages: tuple[Literal["language", "align", "tune"], ...] = Field(
+        ("language", "align"), description="that the base went through, which all arms start from"
+    )
+    language_epochs: int = Field(4, ge=1, le=10_000, description="over captions of the half of the images set apart")
+    align_epochs: int = Field(2, ge=1, le=10_000, description="over the other half")
+    align: Literal["connector", "all"] = Field("connector", description="what is trained in alignment")
+    beams: int = Field(1, ge=1, le=64, description="1: greedy")
+    max_tokens: int = Field(24, ge=1, le=65536, description="most tokens of an answer")
+    new_tokens: int = Field(20, ge=1, le=65536, description="tokens that a timed step writes, whatever they are")
+
+
 class Protocol(Model):
     """Everything that is held equal between the arms of one experiment."""
 
@@ -41,7 +60,7 @@ class Protocol(Model):
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps that the one-cycle schedule rises")
     schedule: Literal["one-cycle", "constant"] = "one-cycle"
     seeds: tuple[int, ...] = (0,)
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of training; bf16 by autocast")
     engine: Literal["plain", "deepspeed"] = "plain"
     zero_stage: int = Field(0, ge=0, le=3, description="what DeepSpeed's ZeRO shards")
     processes: int = Field(1, ge=1, description="processes that share a training batch")
@@ -50,6 +69,15 @@ class Protocol(Model):
     timing_batch: int = Field(16, ge=1, description="images per timed pair")
     timing_pairs: int = Field(30, ge=0, description="timed pairs of baseline and arm")
     data_share: float = Field(1.0, gt=0, le=1, description="share of the training split that is used")
+    captioning: Captioning | None = Field(None, description="None: the task writes no text")
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """What a training step's forward pass runs in."""
+        if self.precision == "fp32":
+            return nullcontext()
+        import torch
+
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
 
 
 class Envelope(Model):
@@ -135,6 +163,9 @@ class TimeSplit(Model):
     image: Seconds = Field(0.0, description="image tower, without the method's overhead; forward only")
     text: Seconds = Field(0.0, description="text tower, without the method's overhead; forward only")
     overhead: Seconds = Field(0.0, description="the method's own scoring and matching")
+    connector: Seconds = Field(0.0, description="from the image tower's tokens to those of the language model")
+    prefill: Seconds = Field(0.0, description="language model, a whole sequence at once; forward only")
+    decode: Seconds = Field(0.0, description="language model, one token after the other")
     head: Seconds = Field(0.0, description="what is left of compute: projection, similarity, loss")
     backward: Seconds = 0.0
     optimiser: Seconds = 0.0
@@ -315,6 +346,7 @@ class Arm(Model):
     controls_for: tuple[Text, ...] = Field((), description="the arms that it is a control of")
     phase: Literal["test", "train", "both"] = "test"
     source: Text = ""
+    trained_by: Text = Field("", description="the arm whose weights it has; empty: its own, or nothing is trained")
     status: Literal["ok", "FAILED", "INVALID"] = "ok"
     error: Text = ""
     train_time: TimeSplit | None = Field(None, description="None: the arm uses the baseline's own weights")

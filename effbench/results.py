@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from effbench import calibrate, quality, records, speeds, versus
-from effbench.arms import judges
+from effbench.arms import judges, trainer
 from effbench.budget import is_rung, saves
 from effbench.economics import economics
 from effbench.examine import examine, memory
@@ -61,11 +61,14 @@ def record(
             facts |= dict(status="FAILED", error=error)
         else:
             own = training.get(arm.name)
+            if trained and own is None:
+                owner = trainer(experiment.plan(arm.name), experiment.plans).name
+                facts["trained_by"] = owner if owner in training else "baseline"
             seen, parts[arm.name] = examine(experiment, arm, own)
             probed, notes = memory(experiment, arm.plan, own)
             facts |= seen | probed
             if not facts["no_quality"]:
-                facts |= _quality(experiment, arm.name, items, own is not None)
+                facts |= _quality(experiment, arm.name, items, facts.get("trained_by") != "baseline" and bool(trained))
             for field in ("losses", "dev") if own is not None else ():
                 facts[field] = {str(seed): tuple(part["arms"][arm.name][field]) for seed, part in trained.items()}
             # against identity where a method edits the towers: a kernel change is not what the method takes away

@@ -11,13 +11,14 @@ A row is one timed step of one arm (`kind` "step") or one per-item score ("item"
                    items: number of the item
     seconds        step: wall seconds of the arm's step, device synchronised on both sides
     image_seconds  step: the image tower's share of it, the method's overhead taken off; so for text_seconds,
-                   overhead_seconds (the method's own scoring), head_seconds (the rest of the forward pass, loss),
-                   backward_seconds and optimiser_seconds
+                   connector_seconds, prefill_seconds (a language model on a whole sequence), decode_seconds (token
+                   after token), overhead_seconds (the method's own scoring), head_seconds (the rest of the forward
+                   pass, loss), backward_seconds and optimiser_seconds
     data_wait      step: seconds waited for the batch (shared by all arms)
     transfer       step: seconds of its way from the host to the device (shared by all arms)
     joules         step: energy used, where the machine can read it
     loss           step: training loss
-    score          item: name of the per-item score, e.g. "t2i_rank"
+    score          item: name of the per-item score, e.g. "t2i_rank"; with the column's number where there are several
     group          item: test image that the item belongs to
     value          item: the score
 
@@ -28,6 +29,7 @@ rows of a whole array of scores. The file is untrusted input: bounded, validated
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 100_000_000
 #: what a step's seconds are made of
-PARTS = ("image", "text", "overhead", "head", "backward", "optimiser")
+PARTS = ("image", "text", "connector", "prefill", "decode", "overhead", "head", "backward", "optimiser")
 TYPES = {
     "kind": "string",
     "arm": "string",
@@ -68,7 +70,11 @@ def item_samples(arm: str, seed: int, score: str, items: Items) -> pandas.DataFr
     import pandas as pd
 
     columns = dict(kind="item", arm=arm, seed=seed, phase="quality", index=np.arange(len(items.values)))
-    return pd.DataFrame(columns | dict(score=score, group=items.group, value=np.asarray(items.values, float)))
+    values = np.asarray(items.values, float)
+    if values.ndim == 1:
+        return pd.DataFrame(columns | dict(score=score, group=items.group, value=values))
+    parts = enumerate(values.T)
+    return pd.concat([item_samples(arm, seed, f"{score}.{n}", replace(items, values=part)) for n, part in parts])
 
 
 def write_samples(samples: pandas.DataFrame, path: Path) -> None:

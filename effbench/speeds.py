@@ -11,6 +11,7 @@ from effbench import records, stats
 from effbench.samples import PARTS
 from effbench.timing import WARMUP
 
+SPLIT_PARTS = {"decoder": ("prefill", "decode")}  # parts of a model that are timed as several
 BLOCKS = 30  # training steps are paired in this many blocks, each a miniature of the whole
 
 
@@ -116,7 +117,8 @@ def ceiling(baseline: pd.DataFrame, changed: set[str]) -> float | None:
         baseline: the baseline's timed steps. changed: names of parts, e.g. {"image"}.
     """
     total = baseline["seconds"].sum()
-    left = total - sum(baseline[f"{part}_seconds"].sum() for part in changed)
+    columns = [f"{each}_seconds" for part in changed for each in SPLIT_PARTS.get(part, (part,))]
+    left = total - baseline[columns].to_numpy().sum()
     return float(total / left) if left > 0 else None
 
 

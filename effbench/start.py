@@ -15,15 +15,14 @@ from rich.console import Console
 
 from effbench import distributed
 from effbench.arms import CONTROLS
-from effbench.datasets import resolve
+from effbench.datasets import Resolved, resolve
 from effbench.errors import UsageError
 from effbench.experiment import Experiment
 from effbench.live import Live
 from effbench.measure.environment import cores
 from effbench.measure.threads import threads as threads_of_torch
 from effbench.models.choose import choose
-from effbench.records import Protocol, Record
-from effbench.registry import tasks
+from effbench.records import Captioning, Protocol, Record
 from effbench.report.leaderboard import write_leaderboard
 from effbench.spec import canonical, parse
 from effbench.terminal import console
@@ -48,6 +47,8 @@ def run(
     seeds: int = 1,
     data_share: float = 1.0,
     dev_checks: int = 1,
+    precision: str = "fp32",
+    captioning: dict[str, Any] | None = None,
     threads: int | None = None,
     timing_batch: int = 16,
     timing_pairs: int = 30,
@@ -79,6 +80,9 @@ def run(
         seeds: number of seeds, 0 to seeds - 1.
         data_share: share of the training images that is used.
         dev_checks: looks at the dev split per epoch; the weights of the best one are kept.
+        precision: of training: "fp32", or "bf16" for autocast.
+        captioning: of a task that writes text, fields of `effbench.records.Captioning` that differ from what the task
+            recommends, e.g. dict(decoder="tiny", layers=8).
         threads: of the CPU; None for all cores.
         timing_batch: images per timed step; timing_pairs: timed steps per arm.
         until: go on timing until every interval's half-width is this share of the speed-up, e.g. 0.02; budget: but no
@@ -128,7 +132,6 @@ def run(
         found = resolve(task, data, live.progress)
         if found.stood_in:
             live.banner(f"NO REAL {task.upper()} DATA: RUNNING ON {found.data.name.upper()}", [found.looked])
-        source = found.task if found.data.name != found.task.stand_in else tasks.get(found.data.name)
         tower, banner = choose(backbone, weights, pretrained, embedded=found.data.synthetic, image_size=image_size)
         if banner:
             live.banner("NO PRETRAINED WEIGHTS: RUNNING ON THE SHIPPED TOWER", banner)
@@ -137,7 +140,9 @@ def run(
         asked = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, train=train)
         given = {name: value for name, value in asked.items() if value is not None}
         protocol = _protocol(
-            source.recommended | given,
+            {k: v for k, v in found.source.recommended.items() if k != "captioning"} | given,
+            captioning=_captioning(found, captioning),
+            precision=precision,
             image_size=tower.image_size,
             head=head,
             seeds=tuple(range(seeds)),
@@ -176,6 +181,48 @@ def run(
             record = experiment.run(Path(out), checkpoint_every, fresh, started, _command())
         write_leaderboard(Path(out))
         return record
+
+
+def _captioning(found: Resolved, asked: dict[str, Any] | None) -> Captioning | None:
+    """How a task writes text; None where it writes none.
+
+    Raises:
+        UsageError: something is asked for that cannot be, or of a task that writes none.
+    """
+    from pydantic import ValidationError
+
+    given = {name: value for name, value in (asked or {}).items() if value is not None}
+    if not found.task.writes:
+        if given:
+            option = min(CAPTIONING_OPTIONS.get(name, name) for name in given)
+            raise UsageError(f"--{option} is for tasks that write text", "use --task flickr8k_caption, or leave it out")
+        return None
+    values = found.source.recommended.get("captioning", {}) | given
+    if values.get("decoder", "tiny") != "tiny" and "stages" not in given:
+        values["stages"] = ("align",)  # it knows its language
+    try:
+        return Captioning(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        option = CAPTIONING_OPTIONS.get(name, name)
+        raise UsageError(f"--{option} {first['input']}: {first['msg'].lower()}", "see effbench run --help") from None
+
+
+#: the command line's names of the fields of `Captioning`
+CAPTIONING_OPTIONS = dict(
+    decoder="decoder",
+    layers="decoder-layers",
+    width="decoder-width",
+    image_tokens="image-tokens",
+    stages="stages",
+    language_epochs="language-epochs",
+    align_epochs="align-epochs",
+    align="align",
+    beams="beams",
+    max_tokens="max-tokens",
+    new_tokens="new-tokens",
+)
 
 
 def _protocol(values: dict[str, Any], **more: Any) -> Protocol:

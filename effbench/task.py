@@ -26,11 +26,15 @@ SPLITS = ("train", "dev", "test")
 
 @dataclass(frozen=True)
 class Example:
-    """One image with its captions. `image` is a file or a picklable function that draws it (mode RGB)."""
+    """One image with its captions. `image` is a file or a picklable function that draws it (mode RGB).
+
+    `questions` are what the captions answer, one each; empty where nothing is asked.
+    """
 
     image: Path | Callable[[], Image.Image]
     captions: tuple[str, ...]
     name: str = ""
+    questions: tuple[str, ...] = ()
 
 
 @dataclass
@@ -52,6 +56,8 @@ class Data:
     origin: str = ""
     synthetic: bool = False
     notes: list[str] = field(default_factory=list)
+    #: examples that are set apart from the splits (see `Task.set_apart`)
+    apart: dict[str, list[Example]] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
         return {split: len(examples) for split, examples in self.splits.items()}
@@ -79,6 +85,8 @@ class Metric:
         items: the column of per-item scores that it is computed from, e.g. `t2i_rank`.
         value: maps an array of per-item scores to an array of per-item values, e.g. 100 * (rank <= 10).
         reduce: "mean" or "median" over the items.
+        combine: of a metric that is no mean of items, e.g. exp(sum of losses / sum of words): `value` then gives
+            (items, columns), and this maps their means (..., columns) to the metric (...).
         higher_is_better: its direction.
         chance: its expected value for a blind guesser; None where undefined.
         ceiling: the best value there is; None where unbounded.
@@ -93,6 +101,7 @@ class Metric:
     ceiling: float | None
     reduce: str = "mean"
     unit: str = "%"
+    combine: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class Items:
     """Per-item scores and the group (test image) that each belongs to; a group is resampled as a whole.
 
     Args:
-        values: (n,) scores, e.g. the rank of the right image for each caption.
+        values: (n,) scores, e.g. the rank of the right image for each caption; or (n, columns).
         group: (n,) int index of the test image.
     """
 
@@ -113,6 +122,10 @@ class Task(ABC):
 
     #: name of the embedded task whose data stand in where no real copy is found; None where there is none
     stand_in: ClassVar[str | None] = None
+    #: name of the data that the task brings with it, as `--data` takes it; empty where data are read
+    embedded: ClassVar[str] = ""
+    #: it writes text: `Protocol.captioning` says how, with `recommended["captioning"]`
+    writes: ClassVar[bool] = False
     #: name of the metric that checkpoints are chosen by and the leaderboard judges by; empty for the first
     primary: ClassVar[str] = ""
     #: protocol values where the user says nothing: epochs, batch_size, lr, weight_decay, train
@@ -127,9 +140,21 @@ class Task(ABC):
             InvalidError: the copy is damaged.
         """
 
+    def set_apart(self, data: Data, protocol: Protocol) -> None:  # noqa: B027
+        """Take examples out of the splits, into `data.apart`, before the share of the training data is drawn."""
+
     @abstractmethod
     def prepare(self, data: Data, backbone: Backbone, protocol: Protocol, progress: Callable[..., None]) -> Any:
         """Make ready whatever `batch` reads (pixel cache, vocabulary); the result is passed to the methods below."""
+
+    def groundwork(self, prepared: Any, backbone: Backbone, protocol: Protocol, live: Any) -> None:  # noqa: B027
+        """Long work that all arms share and none is charged: the weights that they start from.
+
+        Done once, when all arms have been checked and before anything is measured; `recipe` is asked anew after it.
+
+        Args:
+            live: shows progress (see `effbench.live.Live`).
+        """
 
     def recipe(self, prepared: Any) -> Any:
         """The small picklable facts that `build` needs of the data, e.g. the size of the vocabulary."""
@@ -157,6 +182,22 @@ class Task(ABC):
     @abstractmethod
     def predict(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What testing needs of a batch, each tensor with items in dim 0. Results of batches are concatenated."""
+
+    def serve(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> object:
+        """What a timed test step computes: a model's use, of the same size for every arm."""
+        return self.predict(model, batch)
+
+    def first_token(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> object | None:
+        """`serve` up to the first token that is written; None where none is."""
+        return None
+
+    def look(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What a look at the dev split needs of a batch, as `predict` gives it."""
+        return self.predict(model, batch)
+
+    def observe(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> object:
+        """One pass over training data for methods that look at activations."""
+        return self.predict(model, batch)
 
     @abstractmethod
     def score(self, prepared: Any, split: str, outputs: dict[str, torch.Tensor]) -> dict[str, Items]:

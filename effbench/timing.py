@@ -101,7 +101,7 @@ def pairs(
 
     def work(arm: Arm, batch: Batch, _: int) -> None:
         with torch.inference_mode():
-            task.predict(arm.model, batch)
+            task.serve(arm.model, batch)
 
     def state(index: int, spent: float) -> Partial:
         return dict(index=index, seconds=spent, **kept_state(arms))

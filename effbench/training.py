@@ -73,7 +73,8 @@ def train(
             updates.set_lr(protocol.lr * schedule(index / total, protocol.warmup))
         for call in arm.each_step:
             call(index / total)
-        loss = updates.loss(functools.partial(_loss, task, arm), inputs(arm, "train", batch))
+        with protocol.autocast():
+            loss = updates.loss(functools.partial(_loss, task, arm), inputs(arm, "train", batch))
         arm.split.enter("backward")
         updates.backward(loss)
         arm.split.leave()
@@ -142,4 +143,6 @@ def training_mode(arms: list[Arm]) -> None:
 
 def reduce(metric: Metric, values: np.ndarray) -> float:
     """A metric's value from per-item scores."""
+    if metric.combine is not None:
+        return float(metric.combine(metric.value(values).mean(axis=0)))
     return float({"mean": np.mean, "median": np.median}[metric.reduce](metric.value(values)))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from effbench.records import Record
 
 What, Training, Timing, Running = "What is compared", "Training", "Timing", "Running"
+Writing = "Captioning"
 
 
 def run(
@@ -73,6 +74,48 @@ def run(
         int,
         typer.Option(min=1, help="Looks at the dev split per epoch; the best one is kept.", rich_help_panel=Training),
     ] = 1,
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="Of training; bf16 by autocast.", rich_help_panel=Training)
+    ] = "fp32",
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="tiny (a Llama made here), or hf:PATH of a causal language model.", rich_help_panel=Writing),
+    ] = None,
+    decoder_layers: Annotated[
+        int | None, typer.Option(min=1, help="Of the tiny decoder.", rich_help_panel=Writing)
+    ] = None,
+    decoder_width: Annotated[
+        int | None, typer.Option(min=8, help="Of the tiny decoder, a multiple of 64.", rich_help_panel=Writing)
+    ] = None,
+    image_tokens: Annotated[
+        int | None,
+        typer.Option(min=0, help="That the decoder gets, a square; 0: all patches.", rich_help_panel=Writing),
+    ] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STAGE/STAGE|none",
+            help="What the arms start from: language (text alone), align (connector), tune.",
+            rich_help_panel=Writing,
+        ),
+    ] = None,
+    language_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of the language stage.", rich_help_panel=Writing)
+    ] = None,
+    align_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of the align stage.", rich_help_panel=Writing)
+    ] = None,
+    align: Annotated[
+        Literal["connector", "all"] | None,
+        typer.Option(help="What alignment trains; all: the decoder too.", rich_help_panel=Writing),
+    ] = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="1: greedy.", rich_help_panel=Writing)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of an answer.", rich_help_panel=Writing)
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that a timed step writes.", rich_help_panel=Writing)
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; default: all cores.", rich_help_panel=Timing)
     ] = None,
@@ -155,6 +198,20 @@ def run(
         seeds=seeds,
         data_share=data_share,
         dev_checks=dev_checks,
+        precision=precision,
+        captioning=dict(
+            decoder=decoder,
+            layers=decoder_layers,
+            width=decoder_width,
+            image_tokens=image_tokens,
+            stages=None if stages is None else tuple(s for s in stages.split("/") if s not in ("", "none")),
+            language_epochs=language_epochs,
+            align_epochs=align_epochs,
+            align=align,
+            beams=beams,
+            max_tokens=max_tokens,
+            new_tokens=new_tokens,
+        ),
         threads=threads,
         timing_batch=timing_batch,
         timing_pairs=timing_pairs,

@@ -16,7 +16,8 @@ class Split:
     head: projection, similarity and loss.
 
     Args:
-        parts: modules by name, e.g. "image" and "text"; their forward passes are timed.
+        parts: modules by name, e.g. "image" and "text"; their forward passes are timed. A module may name its part
+            itself, step by step, with an attribute `part`.
         model: its modules that are a method's overhead (`is_overhead`) make the part "overhead"; not those within a
             compiled module, where a hook would break the graph: there they are part of the tower.
     """
@@ -44,7 +45,9 @@ class Split:
         self.marks, self.open = [], []
         self.handles = []
         for name, module in self.modules:
-            self.handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.enter(name)))
+            self.handles.append(
+                module.register_forward_pre_hook(lambda m, *_, name=name: self.enter(getattr(m, "part", name)))
+            )
             self.handles.append(module.register_forward_hook(lambda *_: self.leave(), always_call=True))
         return self
 

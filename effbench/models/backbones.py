@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.models.dual_encoder import DualEncoder, TimmFeatures
+from effbench.models.patch_tokens import OpenClipTokens, TimmTokens
 from effbench.models.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -90,6 +91,10 @@ class Backbone(ABC):
             vocabulary: words and context of the task's own vocabulary; None where the backbone has a text tower.
         """
 
+    def patch_tokens(self) -> nn.Module:
+        """A fresh image tower that gives the tokens of all patches, for a captioner (see `models.patch_tokens`)."""
+        raise UsageError(f"{self} has no image tower that a captioner could use", "use a ViT of timm or OpenCLIP")
+
     def tokenizer(self, captions: Sequence[str]) -> Callable[[Sequence[str]], Tensor]:
         """Captions -> ids (captions, context). `captions` are the training captions that a vocabulary is made of."""
         return Vocabulary(captions, CONTEXT)
@@ -122,6 +127,9 @@ class Timm(Backbone):
         elif weights is None and pretrained is None:
             raise _no_weights(f"timm:{name}")
         return model
+
+    def patch_tokens(self):
+        return TimmTokens(self._fresh())
 
     def dual_encoder(self, protocol, vocabulary):
         from open_clip.transformer import TextTransformer
@@ -200,6 +208,9 @@ class OpenClip(Backbone):
         import open_clip
 
         return open_clip.get_tokenizer(self.name)
+
+    def patch_tokens(self):
+        return OpenClipTokens(self._fresh().visual)
 
     def dual_encoder(self, protocol, vocabulary):
         model = self._fresh()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from effbench.errors import InvalidError, UsageError
 from effbench.models.attention import AttentionCore
+from effbench.models.decoder import Decoder, decoder_of
 from effbench.models.token_state import BlockLoop, TokenBypass, TokenEdit, TokenState
 
 
@@ -242,12 +243,15 @@ def patches_along(size: int, patch: int) -> int:
 class ModelView:
     """A model as methods see it. `model` is the library's own object, edited in place.
 
-    `image` and `text` are None where the model has no such tower or where its library is not known to effbench.
+    `image`, `text` and `decoder` are None where the model has none or where its library is not known to effbench;
+    `connector` is what a captioner has between its image tower and its decoder.
     """
 
     model: nn.Module
     image: Tower | None
     text: Tower | None
+    decoder: Decoder | None = None
+    connector: nn.Module | None = None
 
 
 def image_tower(model: ModelView, method: str) -> Tower:
@@ -284,18 +288,21 @@ def view(model: nn.Module) -> ModelView:
         if image is not None and getattr(getattr(model, "image_encoder", None), "with_class_token", False):
             image.loop.hands_out_sizes = True  # TimmFeatures takes a mean over patch tokens
     text = wrap_text(text_module) if text_module is not None else None
-    if image is None and text is None:
+    if image is None and text is None and not hasattr(model, "language"):
         raise UsageError(
             f"{type(model).__module__}.{type(model).__name__} is no transformer tower that effbench can edit",
             "supported: timm VisionTransformer, OpenCLIP models with ViT towers",
         )
-    return ModelView(model, image, text)
+    language = getattr(model, "language", None)  # effbench.models.captioner.Captioner
+    if language is None:
+        return ModelView(model, image, text)
+    return ModelView(model, image, text, decoder_of(language), model.connector)
 
 
 def _towers(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """The modules that hold the image and the text blocks, by what the model's library calls them."""
-    if hasattr(model, "image_encoder"):  # effbench.models.dual_encoder.DualEncoder
-        image, text = model.image_encoder, model.text_encoder
+    if hasattr(model, "image_encoder"):  # effbench.models: DualEncoder, Captioner
+        image, text = model.image_encoder, getattr(model, "text_encoder", None)
     elif hasattr(model, "visual"):  # open_clip.CLIP (text parts on the model itself) and CustomTextCLIP
         image, text = model.visual, getattr(model, "text", model)
     elif hasattr(model, "token_embedding"):

@@ -27,12 +27,28 @@ class Vocabulary:
         split = [_WORD.findall(caption.lower()) for caption in captions]
         counts = Counter(word for caption in split for word in caption)
         words = sorted(word for word, count in counts.items() if count >= least)
+        self.words = words
         self.ids = {word: index + 2 for index, word in enumerate(words)}
         self.context = min(context, max(map(len, split), default=0) + 1)
         self.end = len(words) + 2
 
+    @property
+    def start(self) -> int:
+        """The id that stands before a text which a language model writes: the end of what came before."""
+        return self.end
+
     def __len__(self) -> int:
         return self.end + 1
+
+    def encode(self, text: str) -> list[int]:
+        """The words of a text, all of them, without an end."""
+        return [self.ids.get(word, UNKNOWN) for word in _WORD.findall(text.lower())]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids up to the first end; what is no word is left out."""
+        ids = list(ids)
+        ids = ids[: ids.index(self.end)] if self.end in ids else ids
+        return " ".join(self.words[i - 2] for i in ids if 2 <= i < self.end)
 
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
         """Token ids, (captions, context), int64."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effbench.errors import UsageError
+from effbench.models.decoder import Decoder
 from effbench_methods.algorithms.loss_gradients import evaluating, loss_gradients
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def hidden_states(tower: Tower, model: nn.Module, calibration: CalibrationSet, i
     Raises:
         UsageError: the tower is not part of what the calibration data is run through, e.g. a text tower without texts.
     """
+    if isinstance(tower, Decoder):
+        _decoder_states(tower, model, calibration, images, see)
+        return
     loop, index = tower.loop, {id(block): i for i, block in enumerate(tower.blocks)}
     through, ends, shown = loop._through, [None], []
 
@@ -81,6 +85,16 @@ def hidden_states(tower: Tower, model: nn.Module, calibration: CalibrationSet, i
             f"the calibration data never reaches the {tower.name}",
             "calibrate with what it takes: for a text tower a list of tuples (images, texts)",
         )
+
+
+def _decoder_states(decoder: Decoder, model: nn.Module, calibration: CalibrationSet, images: int, see: See) -> None:
+    """`hidden_states` of a captioner's decoder, its texts given."""
+
+    def shown(depth: int, tokens: Tensor) -> None:
+        see(depth, tokens, decoder.language.span.ends)
+
+    with evaluating(model), decoder.seeing(shown):
+        calibration.run(model, images)
 
 
 def block_influence(tower: Tower, model: nn.Module, calibration: CalibrationSet, images: int) -> Tensor:
@@ -160,6 +174,8 @@ def parameter_change(before: Sequence[dict[str, Tensor]], after: Sequence[dict[s
 
 def is_causal(tower: Tower) -> bool:
     """Whether each token of a tower sees only itself and those before it."""
+    if isinstance(tower, Decoder):
+        return True
     return tower.grid is None and getattr(tower.module, "attn_mask", None) is not None
 
 

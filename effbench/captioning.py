@@ -1,0 +1,353 @@
+"""Image captioning: the kind of task that `flickr8k_caption` is. A new one writes only `load`, and `pairs` if it asks.
+
+An image tower, a connector and a causal language model that writes about the image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from effbench import caption_scores, captioner_base
+from effbench.errors import InvalidError, UsageError
+from effbench.models.captioner import IGNORE, Captioner, PooledLinear, token_losses
+from effbench.models.decoding import generate
+from effbench.models.language import CONTEXT, Words, check_width, pretrained, tiny
+from effbench.models.vocabulary import Vocabulary
+from effbench.pixels import pixels
+from effbench.task import Data, Example, Items, Metric, Task
+
+if TYPE_CHECKING:
+    from effbench.models.backbones import Backbone
+    from effbench.records import Captioning as Options
+    from effbench.records import Protocol
+
+LEAST = 3  # a word of the tiny decoder's vocabulary was seen so often in training captions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What building a captioner needs of the data.
+
+    Args:
+        words: size of the vocabulary; start, end: the ids around a text.
+        base: file of weights that all arms start from; "" for none.
+    """
+
+    words: int
+    start: int
+    end: int
+    base: str = ""
+
+
+@dataclass
+class Texts:
+    """The texts of a split as ids.
+
+    Args:
+        ids: (texts, longest) int64, the question if there is one, the text, its end, zeros.
+        lengths: (texts,) of question, text and end; asked: (texts,) of the question.
+        first: (images + 1,) index of each image's first text.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    asked: np.ndarray
+    first: np.ndarray
+
+
+@dataclass
+class Prepared:
+    """What batches are made of.
+
+    Args:
+        read_pixels: gives `pixels`, decoding the images if that was not done before.
+        texts: by split, and what is set apart.
+        rows: by split, (images,) where its images stand in `pixels`.
+        references: by split, the captions of each image.
+        words: text to ids and back.
+        base: file of the weights that all arms start from; None before they are made.
+    """
+
+    read_pixels: Callable[[], dict[str, np.ndarray]]
+    texts: dict[str, Texts]
+    rows: dict[str, np.ndarray]
+    references: dict[str, list[tuple[str, ...]]]
+    words: Words
+    mean: Tensor
+    std: Tensor
+    fingerprint: str
+    base: Path | None = None
+
+    @cached_property
+    def pixels(self) -> dict[str, np.ndarray]:
+        """By split, (images, 3, size, size) uint8."""
+        return self.read_pixels()
+
+
+class Captioning(Task):
+    """Write a caption of an image."""
+
+    primary = "cider"
+    writes = True
+    recommended = {"train": "locked", "epochs": 14, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.05}
+
+    def set_apart(self, data: Data, protocol: Protocol) -> None:
+        """Half of the training images lend their captions to the language model alone, where it learns from text."""
+        data.apart["all"] = list(data.splits["train"])
+        if "language" in protocol.captioning.stages:
+            drawn = np.random.default_rng(0).permutation(len(data.splits["train"]))
+            half = {int(i) for i in drawn[: len(drawn) // 2]}
+            data.apart["language"] = [e for i, e in enumerate(data.splits["train"]) if i in half]
+            data.splits["train"] = [e for i, e in enumerate(data.splits["train"]) if i not in half]
+        data.apart["tuning"] = list(data.splits["train"])
+
+    def prepare(self, data: Data, backbone: Backbone, protocol: Protocol, progress) -> Prepared:
+        options = protocol.captioning
+        for split, examples in data.splits.items():
+            _check(data.name, split, examples)
+        words, context = self._words(options, [c for e in data.apart["all"] for c in (*e.captions, *e.questions)])
+        texts = {name: _texts(each, words) for name, each in (*data.splits.items(), *data.apart.items())}
+        longest = {name: int(each.lengths.max()) for name, each in texts.items()}
+        name = max(longest, key=longest.__getitem__)
+        image = options.image_tokens or backbone.patch_tokens().patches
+        room = context - image - 2
+        if max(longest[name], options.max_tokens, options.new_tokens) > room:
+            what = f"a caption in {name} of {data.name} has {longest[name]} tokens"
+            if max(options.max_tokens, options.new_tokens) > room:
+                what = f"answers of {max(options.max_tokens, options.new_tokens)} tokens are asked for"
+            raise InvalidError(
+                f"{what}, and beside {image} image tokens the decoder's context of {context} has room for {room}",
+                "shorten it, or use fewer --image-tokens",
+            )
+        whole = Data(data.name, data.splits | dict(train=data.apart["tuning"]), data.fingerprint, data.origin)
+        place = {id(example): i for i, example in enumerate(data.apart["tuning"])}
+        rows = {split: np.arange(len(examples)) for split, examples in data.splits.items()}
+        rows["train"] = np.array([place[id(example)] for example in data.splits["train"]])
+        rows["tuning"] = np.arange(len(data.apart["tuning"]))
+        mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (backbone.mean, backbone.std))
+        return Prepared(
+            partial(pixels, whole, protocol.image_size, progress),
+            texts,
+            rows,
+            {split: [example.captions for example in examples] for split, examples in data.splits.items()},
+            words,
+            mean * 255,
+            std * 255,
+            data.fingerprint,
+        )
+
+    def _words(self, options: Options, captions: list[str]) -> tuple[Words, int]:
+        if options.decoder == "tiny":
+            check_width(options.width)
+            return Vocabulary(captions, least=LEAST), CONTEXT
+        kind, _, name = options.decoder.partition(":")
+        if kind != "hf" or not name:
+            raise UsageError(
+                f"--decoder {options.decoder} is not known", "use tiny, or hf:PATH of a causal language model"
+            )
+        _, words, context = pretrained(name)
+        return words, context
+
+    def groundwork(self, prepared: Prepared, backbone: Backbone, protocol: Protocol, live: Any) -> None:
+        prepared.base = captioner_base.make(self, prepared, backbone, protocol, live)
+
+    def recipe(self, prepared: Prepared) -> Recipe:
+        words = prepared.words
+        return Recipe(len(words), words.start, words.end, str(prepared.base or ""))
+
+    def build(self, recipe: Recipe, backbone: Backbone, protocol: Protocol) -> nn.Module:
+        options = protocol.captioning
+        if options.decoder == "tiny":
+            language, context = tiny(recipe.words, options.layers, options.width), CONTEXT
+        else:
+            language, _, context = pretrained(options.decoder.partition(":")[2])
+        tower = backbone.patch_tokens()
+        side = math.isqrt(options.image_tokens)
+        if options.image_tokens and (side**2 != options.image_tokens or options.image_tokens > tower.patches):
+            nearest = min(tower.patches, max(1, round(math.sqrt(options.image_tokens)) ** 2))
+            raise UsageError(
+                f"--image-tokens {options.image_tokens} is no square of at most {tower.patches} patches",
+                f"use {nearest}, or 0 for all patches",
+            )
+        connector = PooledLinear(tower.width, language.width, side or None)
+        model = Captioner(tower, connector, language, (), (recipe.start,), recipe.end, options)
+        if recipe.base:
+            captioner_base.load(model, Path(recipe.base))
+        return model
+
+    def batch(self, prepared, split, index, rng, pixels=True):
+        texts = prepared.texts[split]
+        if rng is None:
+            rows = np.concatenate([np.arange(texts.first[i], texts.first[i + 1]) for i in index])
+            owner = np.repeat(np.arange(len(index)), np.diff(texts.first)[index])
+        else:
+            rows = rng.integers(texts.first[index], texts.first[np.asarray(index) + 1])
+            owner = np.arange(len(index))
+        batch = text_batch(texts, rows) | dict(owner=torch.from_numpy(owner))
+        if pixels:
+            kind = split if split in prepared.pixels else "train"
+            image = torch.from_numpy(prepared.pixels[kind][prepared.rows[split][index]])
+            batch["image"] = torch.sub(image, prepared.mean).div_(prepared.std)
+        return batch
+
+    def features(self, model: Captioner, batch: dict[str, Tensor]) -> Tensor:
+        """Pooled tokens of the image tower (images, image tokens, width)."""
+        return batch["features"] if "features" in batch else model.features(batch["image"])
+
+    def loss(self, model: Captioner, batch: dict[str, Tensor]) -> Tensor:
+        prefix = model.prefix(self.features(model, batch))
+        return model.loss(_of_each(prefix, batch["owner"]), batch["tokens"], batch["target"])
+
+    def observe(self, model, batch):
+        return self.loss(model, batch)
+
+    def predict(self, model, batch):
+        prefix = model.prefix(self.features(model, batch))
+        found = self._losses(model, prefix, batch)
+        return found | dict(ids=self.answer(model, prefix, batch))
+
+    def answer(self, model: Captioner, prefix: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Ids (answers, max_tokens) of what the model writes."""
+        options = model.options
+        prefix, mask = asked(model, prefix, batch)
+        ids, _ = generate(model.language, prefix, options.max_tokens, model.end, beams=options.beams, mask=mask)
+        return ids
+
+    def serve(self, model, batch):
+        return self._write(model, batch, model.options.new_tokens)
+
+    def first_token(self, model, batch):
+        return self._write(model, batch, 1)
+
+    def _write(self, model: Captioner, batch: dict[str, Tensor], tokens: int) -> tuple[Tensor, int]:
+        prefix, mask = asked(model, model.prefix(self.features(model, batch)), batch)
+        return generate(model.language, prefix, tokens, model.end, beams=model.options.beams, exactly=True, mask=mask)
+
+    def look(self, model, batch):
+        """The loss of each image's first text: writing is too slow to be done at every look."""
+        owner = batch["owner"]
+        firsts = torch.cat([owner.new_ones(1), owner.diff()]).bool()
+        batch = batch | {key: batch[key][firsts] for key in ("tokens", "target", "owner")}
+        prefix = model.prefix(self.features(model, batch))
+        return self._losses(model, prefix, batch)
+
+    def _losses(self, model: Captioner, prefix: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        tokens, target = batch["tokens"], batch["target"]
+        seen = token_losses(model.logits(_of_each(prefix, batch["owner"]), tokens), target)
+        text = token_losses(model.logits(model.starts(len(tokens)), tokens), target)
+        return dict(seen=seen, text=text)
+
+    def frozen_features(self, model, images):
+        features = model.features(images)
+        return features.bfloat16() if torch.is_autocast_enabled(images.device.type) else features
+
+    def locked(self, model):
+        return [model.image_encoder]
+
+    def score(self, prepared, split, outputs):
+        texts, references = prepared.texts[split], prepared.references[split]
+        owner = np.repeat(np.arange(len(references)), np.diff(texts.first))
+        owner = owner if len(outputs["seen"]) == len(owner) else np.arange(len(references))  # of a look
+        found = {name: Items(outputs[name].numpy(), owner) for name in ("seen", "text")}
+        if "ids" in outputs:
+            written = [prepared.words.decode(row) for row in outputs["ids"].tolist()]
+            each = np.arange(len(references))
+            found |= {name: Items(v, each) for name, v in caption_scores.scores(written, references).items()}
+        return found
+
+    def metrics(self, prepared, split):
+        loss = Metric("token_loss", "seen", _same, False, None, 0.0, unit="nats", combine=per_token)
+        if split == "dev":
+            return [loss]
+        return [
+            *caption_scores.METRICS,
+            loss,
+            Metric("text_ppl", "text", _same, False, float(len(prepared.words)), 1.0, unit="", combine=perplexity),
+            Metric("next_word", "text", _same, True, None, 100.0, combine=accuracy),
+        ]
+
+    def parts(self, model):
+        return {"image": model.image_encoder, "connector": model.connector, "decoder": model.language}
+
+
+def text_batch(texts: Texts, rows: np.ndarray) -> dict[str, Tensor]:
+    """Some texts as a batch: "tokens" (texts, longest of them), and "target", which skips questions and padding."""
+    lengths, asked = texts.lengths[rows], texts.asked[rows]
+    longest = int(lengths.max())
+    tokens = texts.ids[rows, :longest]
+    place = np.arange(longest)
+    target = np.where((place >= asked[:, None]) & (place < lengths[:, None]), tokens, IGNORE)
+    return dict(tokens=torch.from_numpy(tokens), target=torch.from_numpy(target))
+
+
+def asked(model: Captioner, prefix: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What an answer continues: the images' prefixes, or where something is asked prefix and question for each text.
+
+    Returns:
+        embedded (answers, tokens, width), padded at the front, and the mask (answers, tokens); None for no padding.
+    """
+    questions = (batch["target"] == IGNORE).long().cumprod(dim=1).sum(dim=1)  # tokens before the first target
+    longest = int(questions.max())
+    if not longest:
+        return prefix, None
+    prefix = _of_each(prefix, batch["owner"])
+    words = model.language.embed(batch["tokens"][:, :longest]).to(prefix.dtype)
+    whole = torch.cat([prefix, words], dim=1)
+    if int(questions.min()) == longest:
+        return whole, None
+    place = torch.arange(whole.shape[1], device=whole.device) - (longest - questions)[:, None]
+    mask = (place >= 0).long()
+    return whole.gather(1, place.clamp(min=0)[:, :, None].expand_as(whole)), mask
+
+
+def _of_each(prefix: Tensor, owner: Tensor) -> Tensor:
+    """The prefix of each text's image."""
+    return prefix if len(owner) == len(prefix) else prefix[owner]
+
+
+def _check(name: str, split: str, examples: list[Example]) -> None:
+    if not examples or any(not example.captions for example in examples):
+        raise InvalidError(f"split {split} of {name} has no images, or images without captions")
+    for example in examples:
+        if any(not caption.strip() for caption in example.captions):
+            raise InvalidError(f"image {example.name} in {split} of {name} has an empty caption", "remove the line")
+
+
+def _texts(examples: list[Example], words: Words) -> Texts:
+    questions = [q for e in examples for q in (e.questions or ("",) * len(e.captions))]
+    asked = [words.encode(q) if q else [] for q in questions]
+    encoded = [words.encode(c) for e in examples for c in e.captions]
+    lengths = np.array([len(q) + len(c) + 1 for q, c in zip(asked, encoded, strict=True)])
+    ids = np.zeros((len(lengths), lengths.max(initial=1)), dtype=np.int64)
+    for row, question, text in zip(ids, asked, encoded, strict=True):
+        row[: len(question) + len(text) + 1] = [*question, *text, words.end]
+    first = np.cumsum([0] + [len(e.captions) for e in examples])
+    return Texts(ids, lengths, np.array([len(q) for q in asked]), first)
+
+
+def _same(values: np.ndarray) -> np.ndarray:
+    return values.astype(float)
+
+
+def per_token(sums: np.ndarray) -> np.ndarray:
+    """Mean cross entropy of (..., [loss, tokens, right ones])."""
+    return sums[..., 0] / sums[..., 1]
+
+
+def perplexity(sums: np.ndarray) -> np.ndarray:
+    """exp of the mean cross entropy of (..., [loss, tokens, right ones])."""
+    return np.exp(per_token(sums))
+
+
+def accuracy(sums: np.ndarray) -> np.ndarray:
+    """Per cent of tokens that were the likeliest, of (..., [loss, tokens, right ones])."""
+    return 100 * sums[..., 2] / sums[..., 1]

@@ -1,0 +1,208 @@
+"""The captioner: an image tower, a connector and a causal language model (LLaVA, arXiv 2304.08485).
+
+A sequence is [before] [image tokens] [after] [text]; the language model predicts the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from effbench.models.sequences import Layout
+    from effbench.records import Captioning
+
+IGNORE = -100  # a target that no token has to meet
+
+
+class Span(NamedTuple):
+    """Where things stand in the sequences of a batch.
+
+    Args:
+        image: first and behind the last image token; equal where there is none.
+        text: index of the first token that is predicted from, the last one before the text.
+        ends: (batch,) index of each sequence's last token that is no padding.
+    """
+
+    image: tuple[int, int]
+    text: int
+    ends: Tensor
+
+
+class Language(nn.Module):
+    """A causal language model of transformers: its body, and the head that gives logits.
+
+    Args:
+        body: takes `inputs_embeds`, gives `last_hidden_state`; head: (..., width) -> (..., vocabulary).
+
+    Attributes:
+        part: what a step's time counts as (see `effbench.measure.split.Split`).
+        span: of the padded sequences that a loss was last asked of; None of packed ones.
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+        self.part = "prefill"
+        self.span: Span | None = None
+
+    @property
+    def width(self) -> int:
+        return self.body.get_input_embeddings().embedding_dim
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (...) -> (..., width)."""
+        return self.body.get_input_embeddings()(ids)
+
+    def forward(
+        self,
+        x: Tensor,
+        first: int = 0,
+        cache: Any = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        take: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the tokens from `first` on, (batch, tokens - first, vocabulary).
+
+        Args:
+            x: embedded tokens (batch, tokens, width).
+            cache: keys and values of earlier tokens, which those of x are added to (transformers' `Cache`).
+            mask: (batch, earlier and new tokens), 0 for padding; or (batch, 1, tokens, tokens), True where attended.
+            positions: (batch, tokens); None counts from the tokens in the cache.
+            take: (n,) indices into the flattened tokens; then only their logits, (n, vocabulary).
+        """
+        hidden = self.body(
+            inputs_embeds=x,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        return self.head(hidden[:, first:] if take is None else hidden.flatten(0, 1).index_select(0, take))
+
+
+class PooledLinear(nn.Module):
+    """The simplest connector: a mean over squares of patches, then one linear layer (VILA, arXiv 2312.07533).
+
+    Args:
+        width, out: of the tower's and of the language model's tokens.
+        side: of the grid of pooled tokens; None leaves all patches.
+    """
+
+    def __init__(self, width: int, out: int, side: int | None) -> None:
+        super().__init__()
+        self.side = side
+        self.proj = nn.Linear(width, out)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """(batch, patches, width) -> (batch, side x side, width); it has no parameters."""
+        patches = math.isqrt(tokens.shape[1])
+        if self.side is None or self.side**2 == tokens.shape[1] or patches**2 != tokens.shape[1]:
+            return tokens
+        grid = tokens.transpose(1, 2).unflatten(2, (patches, patches))
+        return F.adaptive_avg_pool2d(grid, self.side).flatten(2).transpose(1, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Pooled tokens (batch, tokens, width) -> (batch, tokens, out)."""
+        return self.proj(tokens)
+
+
+class Captioner(nn.Module):
+    """Writes text about an image.
+
+    Args:
+        image_encoder: images (batch, 3, height, width) -> tokens (batch, patches, tower width).
+        connector: tokens -> (batch, image tokens, width); its `pool`, without parameters, comes first.
+        language: the language model.
+        before, after: ids of what stands around the image tokens; `after` ends with what a text begins with.
+        end: id that ends a text.
+        options: how it writes.
+
+    Attributes:
+        layout: how samples of a training batch are laid out in rows; None pads them.
+    """
+
+    def __init__(
+        self,
+        image_encoder: nn.Module,
+        connector: nn.Module,
+        language: Language,
+        before: Sequence[int],
+        after: Sequence[int],
+        end: int,
+        options: Captioning,
+    ) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.connector = connector
+        self.language = language
+        for name, ids in (("before", before), ("after", after)):
+            self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
+        self.end = end
+        self.options = options
+        self.layout: Layout | None = None
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images -> pooled tokens of the tower (batch, image tokens, tower width); a frozen tower is asked once."""
+        return self.connector.pool(self.image_encoder(images))
+
+    def prefix(self, features: Tensor) -> Tensor:
+        """Pooled tokens of the tower -> everything before the text, embedded (batch, tokens, width)."""
+        if not torch.is_autocast_enabled(features.device.type):  # what is kept of a frozen tower may be narrower
+            features = features.to(self.language.embed(self.after[:1]).dtype)
+        image = self.connector(features)
+        around = [
+            self.language.embed(ids).to(image.dtype).expand(len(image), -1, -1) for ids in (self.before, self.after)
+        ]
+        return torch.cat([around[0], image, around[1]], dim=1)
+
+    def starts(self, texts: int) -> Tensor:
+        """What stands before a text where there is no image, embedded (texts, tokens, width)."""
+        return self.language.embed(self.after[-1:]).expand(texts, -1, -1)
+
+    def logits(self, prefix: Tensor, tokens: Tensor) -> Tensor:
+        """What is predicted at each token of a text, (batch, tokens, vocabulary).
+
+        Args:
+            prefix: everything before the text, embedded; tokens: ids (batch, tokens), padded at the end.
+        """
+        words = self.language.embed(tokens[:, :-1]).to(prefix.dtype)
+        self.language.part = "prefill"
+        return self.language(torch.cat([prefix, words], dim=1), first=prefix.shape[1] - 1)
+
+    def loss(self, prefix: Tensor, tokens: Tensor, target: Tensor) -> Tensor:
+        """Mean cross entropy over the tokens of a batch that are to be predicted.
+
+        Args:
+            prefix: everything before the text, embedded; tokens: ids (batch, tokens), padded at the end.
+            target: the same with IGNORE where nothing is to be predicted: questions and padding.
+        """
+        self.language.span = None
+        if self.layout is not None:
+            logits, target = self.layout(self, prefix, tokens, target)
+        else:
+            text = prefix.shape[1] - 1
+            around = len(self.before), prefix.shape[1] - len(self.after)
+            lengths = (target != IGNORE).long().flip(1).cumsum(dim=1).gt(0).sum(dim=1)  # up to the last target
+            self.language.span = Span(around if around[0] < around[1] else (0, 0), text, text + lengths - 1)
+            logits = self.logits(prefix, tokens)
+        return F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), ignore_index=IGNORE)
+
+
+def token_losses(logits: Tensor, target: Tensor) -> Tensor:
+    """Of each text its summed cross entropy, its tokens, and those of them that were the likeliest: (batch, 3).
+
+    Args:
+        logits: (batch, tokens, vocabulary); target: (batch, tokens), IGNORE where nothing is to be predicted.
+    """
+    counts = target != IGNORE
+    loss = F.cross_entropy(logits.float().transpose(1, 2), target, ignore_index=IGNORE, reduction="none").sum(dim=1)
+    right = ((logits.argmax(dim=-1) == target) & counts).sum(dim=1)
+    return torch.stack([loss, counts.sum(dim=1).to(loss), right.to(loss)], dim=1)
