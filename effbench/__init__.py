@@ -8,10 +8,14 @@ In Python, what the command line does: `effbench.apply(model, "token_merge:r=13"
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 # Imported here, not on use: this attribute would otherwise become the module of the same name.
 from effbench.apply import apply
+
+# torch warns of two classes of torchao whenever transformers, timm or OpenCLIP is imported beside it
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant() on Enum" not in record.msg)
 
 __all__ = ["apply", "flops", "load", "run"]
 

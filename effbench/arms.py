@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from effbench.errors import UsageError
 from effbench.method import Method, TrainingPlan
 from effbench.spec import canonical
 
@@ -126,6 +127,8 @@ def training_model(
     plan = TrainingPlan(seen, task.locked(model) if protocol.train == "locked" else [], [])
     for method in methods:
         method.edit_training(plan)
+    if plan.plain_engine and protocol.engine != "plain":
+        raise UsageError(f"--engine {protocol.engine} cannot train {plan.plain_engine}", "use --engine plain")
     plan.set_gradients()
     return model, plan
 
@@ -174,13 +177,17 @@ def testing_model(
         state: what training changed, under the library's keys; keys of edits that testing lacks are left out.
         calibration: training data, handed to `Method.finish`.
     """
+    from torch import nn
+
     from effbench.models.tower import ModelView, view
 
     model = task.build(recipe, backbone, protocol).to(protocol.device)
     seen = view(model) if arm.methods or arm.control == "identity" else ModelView(model, None, None)
     for method in arm.during("both"):
         method.edit_model(seen)
-    known = model.state_dict()
+    known = model.state_dict(keep_vars=True)
+    seen.trained = frozenset(k for k, v in known.items() if k in state and isinstance(v, nn.Parameter)) or None
+    seen.left = {key: value for key, value in state.items() if key not in known}
     model.load_state_dict({key: value for key, value in state.items() if key in known}, strict=False)
     for method in arm.during("test"):
         method.edit_model(seen)
@@ -198,10 +205,13 @@ def try_out(
         UsageError: as the methods say.
     """
     arm = settled(arm, task, recipe, backbone, protocol, rehearsal)
+    state = {}
     if arm.kind == "baseline" or arm.during("train", "both"):
-        training_model(arm, task, recipe, backbone, protocol)
+        model, _ = training_model(arm, task, recipe, backbone, protocol)
+        # methods of the testing model may look at what was trained
+        state = {k: v.detach() for k, v in model.state_dict(keep_vars=True).items() if v.requires_grad}
     if arm.during("test"):
-        testing_model(arm, task, recipe, backbone, protocol, {}, rehearsal)
+        testing_model(arm, task, recipe, backbone, protocol, state, rehearsal)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

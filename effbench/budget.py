@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from effbench import randomness
 from effbench.arms import ArmPlan, settled, testing_model
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 CONTROL = "resize"  # the method that is this control; where it is not installed there is none
 LEAST_SAVED = 0.005  # share of the image tower's FLOPs; what saves less needs no smaller image beside it
+
+
+class _EnoughError(Exception):
+    """The image tower has got its input; what a step does after it (writing a text) is not looked at."""
 
 
 def image_work(
@@ -50,9 +56,15 @@ def image_work(
     batch["image"] = torch.randn(1, 3, protocol.image_size, protocol.image_size)
     batch = {key: value.to(protocol.device) for key, value in batch.items()}
     inputs: list[Any] = []
-    handle = part.register_forward_pre_hook(lambda _, given: inputs.append(given))
+
+    def entered(_: nn.Module, given: Any) -> None:
+        inputs.append(given)
+        raise _EnoughError
+
+    handle = part.register_forward_pre_hook(entered)
     with torch.no_grad():
-        flops_of(lambda: task.serve(model, batch))  # runs it uncompiled: this model is thrown away
+        with suppress(_EnoughError):
+            flops_of(lambda: task.serve(model, batch))  # runs it uncompiled: this model is thrown away
         handle.remove()
         return flops_of(lambda: part(*inputs[0]), part).work, model
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from effbench.models.captioner import Captioner
     from effbench.records import Protocol
 
-VERSION = 1  # of the making; a base of another version is made anew
+VERSION = 2  # of the making; a base of another version is made anew
 TEXTS = 256  # of a batch of text alone
 SEED = 0  # one base for all seeds
 
@@ -41,13 +41,23 @@ def stages(protocol: Protocol) -> tuple[str, ...]:
     return tuple(name for name in ("language", "align", "tune") if name in asked or (name == "tune" and tuned))
 
 
-def make(task: Captioning, prepared: Prepared, backbone: Backbone, protocol: Protocol, live: Any) -> Path | None:
+def make(
+    task: Captioning,
+    prepared: Prepared,
+    backbone: Backbone,
+    protocol: Protocol,
+    live: Any,
+    wanted: tuple[str, ...] | None = None,
+) -> Path | None:
     """The file of the base; what of it is not there yet is made. None where it has no stage.
+
+    Args:
+        wanted: its stages; None for all that the protocol asks for.
 
     Raises:
         EffbenchError: the cache cannot be written.
     """
-    wanted = stages(protocol)
+    wanted = stages(protocol) if wanted is None else wanted
     files = [_file(task, prepared, backbone, protocol, wanted[: n + 1]) for n in range(len(wanted))]
     if not files or files[-1].is_file():
         return files[-1] if files else None
@@ -67,13 +77,21 @@ def make(task: Captioning, prepared: Prepared, backbone: Backbone, protocol: Pro
     return files[-1]
 
 
+def missing(task: Captioning, prepared: Prepared, backbone: Backbone, protocol: Protocol) -> tuple[str, ...]:
+    """The stages of a base that `make` would have to run, in order; it runs none."""
+    wanted = stages(protocol)
+    there = [_file(task, prepared, backbone, protocol, wanted[: n + 1]).is_file() for n in range(len(wanted))]
+    return wanted[max((n + 1 for n, found in enumerate(there) if found), default=0) :]
+
+
 def save(model: Captioner, file: Path) -> None:
     """Write what the stages train: connector and language model."""
     from safetensors.torch import save_file
 
     part = file.with_suffix(".part")
-    state = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("image_encoder.")}
-    save_file(state, part)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("image_encoder.")}
+    once = {v.data_ptr(): k for k, v in reversed(state.items())}  # a head may be the embedding of words
+    save_file({k: state[k].contiguous() for k in once.values()}, part)
     part.replace(file)
 
 
@@ -87,8 +105,9 @@ def load(model: Captioner, file: Path) -> None:
 def _file(task: Captioning, prepared: Prepared, backbone: Backbone, protocol: Protocol, done: tuple[str, ...]) -> Path:
     """Where a base lies; its name is a digest of all that it depends on."""
     options = protocol.captioning
-    facts: dict[str, Any] = dict(version=VERSION, task=type(task).__name__, stages=done)
+    facts: dict[str, Any] = dict(version=VERSION, task=task.learns or type(task).__name__, stages=done)
     facts |= dict(decoder=options.decoder, layers=options.layers, width=options.width, words=len(prepared.words))
+    facts |= dict(decoder_weights=prepared.decoder) if prepared.decoder else {}
     facts |= dict(tower=str(backbone), weights=backbone.weights_id, size=protocol.image_size)
     facts |= dict(precision=protocol.precision, language_epochs=options.language_epochs)
     if "align" in done or "tune" in done:

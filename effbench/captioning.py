@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,18 +18,21 @@ from torch import Tensor, nn
 
 from effbench import caption_scores, captioner_base
 from effbench.errors import InvalidError, UsageError
+from effbench.models.backbones import digest
 from effbench.models.captioner import IGNORE, Captioner, PooledLinear, token_losses
-from effbench.models.decoding import generate
-from effbench.models.language import CONTEXT, Words, check_width, pretrained, tiny
+from effbench.models.decoding import generate, new_cache
+from effbench.models.language import CONTEXT, Words, check_width, pretrained, reference, tiny
 from effbench.models.vocabulary import Vocabulary
 from effbench.pixels import pixels
-from effbench.task import Data, Example, Items, Metric, Task
+from effbench.records import Answer
+from effbench.task import Data, Example, Items, Metric, Task, shown
 
 if TYPE_CHECKING:
     from effbench.models.backbones import Backbone
     from effbench.records import Captioning as Options
     from effbench.records import Protocol
 
+ANSWER = 1000  # characters of an answer that a record keeps
 LEAST = 3  # a word of the tiny decoder's vocabulary was seen so often in training captions
 
 
@@ -75,6 +78,10 @@ class Prepared:
         references: by split, the captions of each image.
         words: text to ids and back.
         base: file of the weights that all arms start from; None before they are made.
+        decoder: tells apart the weights of a decoder that was not made here; "" for the tiny one.
+        names: by split, of its images.
+        synthetic: the images are drawn: METEOR and SPICE, which know English, have nothing to say of their captions.
+        judges: see `judge`.
     """
 
     read_pixels: Callable[[], dict[str, np.ndarray]]
@@ -86,6 +93,16 @@ class Prepared:
     std: Tensor
     fingerprint: str
     base: Path | None = None
+    decoder: str = ""
+    names: dict[str, list[str]] = field(default_factory=dict)
+    synthetic: bool = False
+    judges: dict[str, caption_scores.References] = field(default_factory=dict)
+
+    def judge(self, split: str) -> caption_scores.References:
+        """The references of a split as its captions are scored by, counted at the first call."""
+        if split not in self.judges:
+            self.judges[split] = caption_scores.References(self.references[split], optional=not self.synthetic)
+        return self.judges[split]
 
     @cached_property
     def pixels(self) -> dict[str, np.ndarray]:
@@ -98,6 +115,10 @@ class Captioning(Task):
 
     primary = "cider"
     writes = True
+    #: what a text is
+    text: ClassVar[str] = "caption"
+    #: name of the task whose training is the very same: both share the base that arms start from; empty for its own
+    learns: ClassVar[str] = ""
     recommended = {"train": "locked", "epochs": 14, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.05}
 
     def set_apart(self, data: Data, protocol: Protocol) -> None:
@@ -114,14 +135,15 @@ class Captioning(Task):
         options = protocol.captioning
         for split, examples in data.splits.items():
             _check(data.name, split, examples)
-        words, context = self._words(options, [c for e in data.apart["all"] for c in (*e.captions, *e.questions)])
+        captions = [c for e in data.apart["all"] for c in (*e.captions, *e.questions)]
+        words, context, decoder = self._words(options, captions, backbone)
         texts = {name: _texts(each, words) for name, each in (*data.splits.items(), *data.apart.items())}
         longest = {name: int(each.lengths.max()) for name, each in texts.items()}
         name = max(longest, key=longest.__getitem__)
-        image = options.image_tokens or backbone.patch_tokens().patches
+        image = options.image_tokens or backbone.patch_tokens().patches if options.decoder != "own" else backbone.around
         room = context - image - 2
         if max(longest[name], options.max_tokens, options.new_tokens) > room:
-            what = f"a caption in {name} of {data.name} has {longest[name]} tokens"
+            what = f"a {self.text} in {name} of {data.name} has {longest[name]} tokens"
             if max(options.max_tokens, options.new_tokens) > room:
                 what = f"answers of {max(options.max_tokens, options.new_tokens)} tokens are asked for"
             raise InvalidError(
@@ -143,22 +165,35 @@ class Captioning(Task):
             mean * 255,
             std * 255,
             data.fingerprint,
+            decoder=decoder,
+            names={split: [example.name for example in examples] for split, examples in data.splits.items()},
+            synthetic=data.synthetic,
         )
 
-    def _words(self, options: Options, captions: list[str]) -> tuple[Words, int]:
+    def _words(self, options: Options, captions: list[str], backbone: Backbone) -> tuple[Words, int, str]:
+        """Text to ids and back, the decoder's context, and what tells its weights apart."""
+        if options.decoder == "own":
+            return backbone.words, backbone.context, backbone.weights_id
         if options.decoder == "tiny":
             check_width(options.width)
-            return Vocabulary(captions, least=LEAST), CONTEXT
+            return Vocabulary(captions, least=LEAST), CONTEXT, ""
         kind, _, name = options.decoder.partition(":")
         if kind != "hf" or not name:
             raise UsageError(
                 f"--decoder {options.decoder} is not known", "use tiny, or hf:PATH of a causal language model"
             )
-        _, words, context = pretrained(name)
-        return words, context
+        language, words, context = reference(name)
+        return words, context, digest(language.state_dict())
 
     def groundwork(self, prepared: Prepared, backbone: Backbone, protocol: Protocol, live: Any) -> None:
         prepared.base = captioner_base.make(self, prepared, backbone, protocol, live)
+
+    def ahead(self, prepared: Prepared, backbone: Backbone, protocol: Protocol) -> str:
+        options = protocol.captioning
+        epochs = dict(language=options.language_epochs, align=options.align_epochs, tune=protocol.epochs)
+        stages = captioner_base.missing(self, prepared, backbone, protocol)
+        named = " and ".join(f"{stage} ({epochs[stage]} epoch{'s' * (epochs[stage] != 1)})" for stage in stages)
+        return f"the base that all arms start from, which is made once: {named}" if named else ""
 
     def recipe(self, prepared: Prepared) -> Recipe:
         words = prepared.words
@@ -166,10 +201,12 @@ class Captioning(Task):
 
     def build(self, recipe: Recipe, backbone: Backbone, protocol: Protocol) -> nn.Module:
         options = protocol.captioning
+        if options.decoder == "own":
+            return self._based(backbone.captioner(options), recipe)
         if options.decoder == "tiny":
-            language, context = tiny(recipe.words, options.layers, options.width), CONTEXT
+            language = tiny(recipe.words, options.layers, options.width)
         else:
-            language, _, context = pretrained(options.decoder.partition(":")[2])
+            language, _, _ = pretrained(options.decoder.partition(":")[2], backbone.single_use)
         tower = backbone.patch_tokens()
         side = math.isqrt(options.image_tokens)
         if options.image_tokens and (side**2 != options.image_tokens or options.image_tokens > tower.patches):
@@ -179,7 +216,10 @@ class Captioning(Task):
                 f"use {nearest}, or 0 for all patches",
             )
         connector = PooledLinear(tower.width, language.width, side or None)
-        model = Captioner(tower, connector, language, (), (recipe.start,), recipe.end, options)
+        return self._based(Captioner(tower, connector, language, (), (recipe.start,), recipe.end, options), recipe)
+
+    def _based(self, model: Captioner, recipe: Recipe) -> Captioner:
+        """The model with the weights that all arms start from."""
         if recipe.base:
             captioner_base.load(model, Path(recipe.base))
         return model
@@ -205,7 +245,7 @@ class Captioning(Task):
 
     def loss(self, model: Captioner, batch: dict[str, Tensor]) -> Tensor:
         prefix = model.prefix(self.features(model, batch))
-        return model.loss(_of_each(prefix, batch["owner"]), batch["tokens"], batch["target"])
+        return model.loss(of_each(prefix, batch["owner"]), batch["tokens"], batch["target"])
 
     def observe(self, model, batch):
         return self.loss(model, batch)
@@ -241,10 +281,21 @@ class Captioning(Task):
         return self._losses(model, prefix, batch)
 
     def _losses(self, model: Captioner, prefix: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        tokens, target = batch["tokens"], batch["target"]
-        seen = token_losses(model.logits(_of_each(prefix, batch["owner"]), tokens), target)
-        text = token_losses(model.logits(model.starts(len(tokens)), tokens), target)
-        return dict(seen=seen, text=text)
+        owner, tokens = batch["owner"], batch["tokens"]
+        if len(owner) == len(prefix):
+            logits = model.logits(prefix, tokens)
+        else:  # the texts of an image share the keys and values of what stands before them
+            cache = new_cache(model.language)
+            first = model.language(prefix, prefix.shape[1] - 1, cache)
+            cache.reorder_cache(owner)
+            rest = model.language(model.language.embed(tokens[:, :-1]), 0, cache)
+            logits = torch.cat([first[owner], rest], dim=1)
+        return dict(seen=token_losses(logits, batch["target"]), text=self.text_losses(model, batch))
+
+    def text_losses(self, model: Captioner, batch: dict[str, Tensor]) -> Tensor:
+        """Of each text without its image: loss, tokens, and how many of them were the likeliest (texts, 3)."""
+        tokens = batch["tokens"]
+        return token_losses(model.logits(model.starts(len(tokens)), tokens), batch["target"])
 
     def frozen_features(self, model, images):
         features = model.features(images)
@@ -261,8 +312,29 @@ class Captioning(Task):
         if "ids" in outputs:
             written = [prepared.words.decode(row) for row in outputs["ids"].tolist()]
             each = np.arange(len(references))
-            found |= {name: Items(v, each) for name, v in caption_scores.scores(written, references).items()}
+            found |= {name: Items(v, each) for name, v in prepared.judge(split).scores(written).items()}
         return found
+
+    def examples(self, prepared, split, outputs):
+        if "ids" not in outputs:
+            return []
+        texts, references, ids = prepared.texts[split], prepared.references[split], outputs["ids"]
+        found = []
+        for i in shown(len(references)):
+            row = int(texts.first[i])  # the image's first question, if questions are asked
+            asked = int(texts.asked[row])
+            text = prepared.words.decode(ids[row if len(ids) == len(texts.ids) else i].tolist())
+            answer = Answer(
+                image=prepared.names[split][i] or f"{split} {i}",
+                question=prepared.words.decode(texts.ids[row, :asked].tolist())[:ANSWER],
+                text=text[:ANSWER],
+                references=tuple(each[:ANSWER] for each in references[i][: 1 if asked else 2]),
+            )
+            found.append(answer)
+        return found
+
+    def notes(self, prepared):
+        return [note for judge in prepared.judges.values() for note in judge.left_out.values()]
 
     def metrics(self, prepared, split):
         loss = Metric("token_loss", "seen", _same, False, None, 0.0, unit="nats", combine=per_token)
@@ -299,7 +371,7 @@ def asked(model: Captioner, prefix: Tensor, batch: dict[str, Tensor]) -> tuple[T
     longest = int(questions.max())
     if not longest:
         return prefix, None
-    prefix = _of_each(prefix, batch["owner"])
+    prefix = of_each(prefix, batch["owner"])
     words = model.language.embed(batch["tokens"][:, :longest]).to(prefix.dtype)
     whole = torch.cat([prefix, words], dim=1)
     if int(questions.min()) == longest:
@@ -309,7 +381,7 @@ def asked(model: Captioner, prefix: Tensor, batch: dict[str, Tensor]) -> tuple[T
     return whole.gather(1, place.clamp(min=0)[:, :, None].expand_as(whole)), mask
 
 
-def _of_each(prefix: Tensor, owner: Tensor) -> Tensor:
+def of_each(prefix: Tensor, owner: Tensor) -> Tensor:
     """The prefix of each text's image."""
     return prefix if len(owner) == len(prefix) else prefix[owner]
 
@@ -320,6 +392,9 @@ def _check(name: str, split: str, examples: list[Example]) -> None:
     for example in examples:
         if any(not caption.strip() for caption in example.captions):
             raise InvalidError(f"image {example.name} in {split} of {name} has an empty caption", "remove the line")
+        if example.questions and len(example.questions) != len(example.captions):
+            many = f"{len(example.questions)} questions and {len(example.captions)} answers"
+            raise InvalidError(f"image {example.name} in {split} of {name} has {many}", "give every question one")
 
 
 def _texts(examples: list[Example], words: Words) -> Texts:

@@ -47,16 +47,17 @@ class CheckReport:
     per_image: dict[int, int]
     notes: list[str]
     problems: list[str] = field(default_factory=list)
+    text: str = "captions"
 
     def lines(self) -> list[str]:
         """The report as plain lines."""
-        counts = [f"{split}: {self.images[split]} images, {self.captions[split]} captions" for split in self.images]
+        counts = [f"{split}: {self.images[split]} images, {self.captions[split]} {self.text}" for split in self.images]
         spread = ", ".join(f"{images} with {captions}" for captions, images in sorted(self.per_image.items()))
         verdict = f"{len(self.problems)} problems" if self.problems else "sound"
         return [
             f"{self.name} in {self.origin}" if self.origin else self.name,
             *counts,
-            f"images by number of captions: {spread}",
+            f"images by number of {self.text.split()[0]}: {spread}",
             *(f"note: {note}" for note in self.notes),
             *(f"problem: {problem}" for problem in self.problems),
             verdict,
@@ -132,6 +133,13 @@ def check(data: Data, progress: Progress = silent, expected: dict[str, int] | No
         if count > 1
     ]
     report.problems += [f"{e.name}: no captions" for e in examples if not e.captions]
+    if any(e.questions for e in examples):
+        report.text = "questions with an answer each"
+        report.problems += [
+            f"{e.name}: {len(e.questions)} questions and {len(e.captions)} answers"
+            for e in examples
+            if len(e.questions) != len(e.captions)
+        ]
     # decoding releases the interpreter lock, so threads do
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for done, problem in enumerate(pool.map(_problem, examples), start=1):

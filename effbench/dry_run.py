@@ -56,13 +56,15 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
         model = testing_model(settled_plan, *build, {}, experiment.rehearsal)
         rng = np.random.default_rng(0)
         with torch.inference_mode():
-            pair, whole = (_random_batch(experiment, "test", few, drawn) for drawn in (rng, None))
-            step = _seconds(lambda model=model, batch=pair: task.serve(model, batch))
+            timing = 0.0
+            for size in experiment.batches:
+                batch = _random_batch(experiment, "test", size, rng)
+                step = _seconds(lambda model=model, batch=batch: task.serve(model, batch))
+                timing += step * (protocol.timing_pairs + WARMUP)
+            whole = _random_batch(experiment, "test", few, None)
             testing = _seconds(lambda model=model, batch=whole: task.predict(model, batch))
         testing *= len(protocol.seeds) * sizes["test"] / few
-        images = sum(experiment.batches)
-        timing = step / few * images * (protocol.timing_pairs + WARMUP)
-        training = _training(experiment, trains[plan.name], step / few) if plan.name in trains else 0.0
+        training = _training(experiment, trains[plan.name]) if plan.name in trains else 0.0
         total += testing + timing + training
         weights = trainer(plan, experiment.plans).name
         own = "itself" if plan.name in trains else weights if weights in trains else "baseline" if trains else "nobody"
@@ -90,30 +92,37 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
     choosing = [plan.name for plan in experiment.training_plans() if plan.name in trains and chooses(plan)]
     if choosing:
         lines.append(f"not in it: the look at training data by which a method chooses layers ({', '.join(choosing)})")
+    if ahead := task.ahead(experiment.prepared, experiment.backbone, protocol):
+        lines.append(f"not in it: {ahead}")
     lines += [
         "nothing was run; leave --dry-run out to run it",
     ]
     return header, rows, lines
 
 
-def _training(experiment: Experiment, arm: Arm, per_image: float) -> float:
-    """Seconds of training, from one step; of the feature pass, from the test step's time per image; of looks at dev."""
+def _training(experiment: Experiment, arm: Arm) -> float:
+    """Seconds of training and of the feature pass, from a step of each, and of looks at dev."""
     task, protocol, sizes = experiment.task, experiment.protocol, experiment.sizes
     size = min(protocol.batch_size, sizes["train"])
     cached = experiment.caches_features(arm)
     probe = size if cached else min(size, protocol.timing_batch)
     rng = np.random.default_rng(0)
-    batch = _random_batch(experiment, "train", 2 if cached else probe, rng)
+    few = min(probe, protocol.timing_batch)
+    batch = _random_batch(experiment, "train", few if cached else probe, rng)
+    per_image = 0.0
     if cached:
-        with torch.no_grad():
+        with torch.no_grad(), protocol.autocast():
             features = task.frozen_features(arm.model, batch["image"])
+            per_image = _seconds(lambda: task.frozen_features(arm.model, batch["image"])) / few
         tokens = task.batch(experiment.prepared, "train", np.arange(probe), rng, pixels=False)
-        batch = experiment.setting.to_device(tokens) | dict(features=torch.cat([features] * (probe // 2 + 1))[:probe])
+        batch = experiment.setting.to_device(tokens) | dict(features=_repeated(features, probe))
     training_mode([arm])
     adam = optimiser(arm.model, protocol)
 
     def step() -> None:
-        task.loss(arm.model, batch).backward()
+        with protocol.autocast():
+            loss = task.loss(arm.model, batch)
+        loss.backward()
         adam.step()
         adam.zero_grad()
 
@@ -123,12 +132,17 @@ def _training(experiment: Experiment, arm: Arm, per_image: float) -> float:
     look = _random_batch(experiment, "dev", few, None)
     if cached:
         del look["image"]
-        look["features"] = torch.cat([features] * (few // 2 + 1))[:few]
+        look["features"] = _repeated(features, few)
     arm.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), protocol.autocast():
         looking = _seconds(lambda: task.look(arm.model, look)) * sizes["dev"] / few
     spent += looking * len(look_steps(protocol.epochs, per_epoch, protocol.dev_checks))
     return spent * len(protocol.seeds) + (per_image * (sizes["train"] + sizes["dev"]) if cached else 0.0)
+
+
+def _repeated(features: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` rows of features, over and over."""
+    return features[torch.arange(count, device=features.device) % len(features)]
 
 
 def _random_batch(experiment: Experiment, split: str, size: int, rng: np.random.Generator | None) -> Batch:

@@ -56,6 +56,7 @@ def economics(
     ] * bool(why)
     every = len(reached) == len(steps)
     return Economics(
+        metric=metric.name,
         share=TARGET,
         target=goal,
         best_dev=fmean(best(dev, metric) for dev in arm.dev.values()),

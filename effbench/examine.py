@@ -64,6 +64,7 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
         disk_bytes=disk_bytes(arm.model),
         kernels=seen,
         structure=there,
+        decoding=_decoding(experiment, arm.model, batch, count, pairs),
     )
     if training is not None:
         facts["trained_parameters"] = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
@@ -81,6 +82,37 @@ def _test_batch(experiment: Experiment, rows: np.ndarray) -> Batch:
     """Test images with one caption each, on the device."""
     batch = experiment.task.batch(experiment.prepared, "test", rows, np.random.default_rng(0))
     return experiment.setting.to_device(batch)
+
+
+def _decoding(
+    experiment: Experiment, model: nn.Module, batch: Batch, whole: FlopCount, pairs: int
+) -> tuple[records.Decoding, ...]:
+    """What an arm writes in a timed step and what of it costs what, by batch size; empty where it writes nothing.
+
+    Args:
+        batch: of `pairs` texts; whole: what writing them costs.
+    """
+    task, written = experiment.task, []
+    with torch.no_grad():
+        first = flops_of(lambda: written.append(task.first_token(model, batch)), model)
+    if written[0] is None:
+        return ()
+    decoder = task.parts(model).get("decoder", model)
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    prefill = sum(flops for layer, flops in first.by_layer.items() if f"{layer}.".startswith(f"{name}."))
+    costs = dict(first_token_flops=first.work, prefill_flops=prefill, decode_flops=whole.work - first.work)
+    costs = {key: round(flops / pairs) for key, flops in costs.items()}
+    found = []
+    for size in sorted(experiment.batches or [1]):
+        lengths: list[int] = []
+        handle = decoder.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))  # noqa: B023
+        try:
+            with torch.inference_mode():
+                ids, cache = task.serve(model, _test_batch(experiment, np.arange(size)))
+        finally:
+            handle.remove()
+        found.append(records.Decoding(batch=size, tokens=ids.shape[1], prefix=lengths[0], cache_bytes=cache, **costs))
+    return tuple(found)
 
 
 def _image_by_image(experiment: Experiment, arm: Arm) -> dict[str, Any]:
@@ -171,11 +203,18 @@ def _signature(module: nn.Module, flops: int) -> tuple[Any, ...]:
     return flops, Counter(type(m).__qualname__ for m in module.modules()), Counter(t.dtype for t in tensors)
 
 
+def eases(now: Any, before: Any) -> bool:
+    """Whether a method makes a part cheaper or other than it was, by the signatures of both; more work is no ease."""
+    flops, *made = now if isinstance(now, tuple) else (now,)
+    base, *was = before if isinstance(before, tuple) else (before,)
+    return flops < base or made != was
+
+
 def tokens_per_layer(model: nn.Module, forward: Callable[[], object]) -> tuple[int, ...]:
     """Tokens that enter each block's MLP in one forward pass, as the tensors really were."""
     seen: list[int] = []
     blocks = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "mlp"]
-    handles = [m.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1])) for m in blocks]
+    handles = [m.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-2])) for m in blocks]
     try:
         with torch.no_grad():
             forward()
@@ -197,11 +236,8 @@ def memory(experiment: Experiment, plan: ArmPlan, training: Arm | None) -> tuple
     batch = experiment.task.batch(experiment.prepared, "test", rows, np.random.default_rng(0))
     steps = {"memory": (make_step, _shapes(batch))}
     if training is not None and protocol.engine == "plain":
-        batch = training_batch(experiment, training, 2)
-        if "features" in batch:
-            del batch["image"]
         pairs = min(protocol.batch_size, experiment.sizes["train"])
-        steps["train_memory"] = (make_training_step, _shapes(batch, pairs / 2))
+        steps["train_memory"] = (make_training_step, _training_shapes(experiment, training, pairs))
     elif training is not None:
         notes.append(f"memory of a training step is not measured under {protocol.engine}")
     for field, (build, shapes) in steps.items():
@@ -217,9 +253,22 @@ def memory(experiment: Experiment, plan: ArmPlan, training: Arm | None) -> tuple
     return facts, notes
 
 
-def _shapes(batch: Batch, times: float = 1) -> Shapes:
-    """Shapes and dtypes of a batch that is `times` as long."""
-    return {
-        key: ((round(len(value) * times), *value.shape[1:]), str(value.dtype).removeprefix("torch."))
-        for key, value in batch.items()
-    }
+def _training_shapes(experiment: Experiment, arm: Arm, pairs: int) -> Shapes:
+    """Of a training batch; images and features are computed for two pairs alone."""
+    few = training_batch(experiment, arm, 2)
+    if "features" in few:
+        del few["image"]
+    rng = np.random.default_rng(0)
+    whole = experiment.task.batch(experiment.prepared, "train", np.arange(pairs), rng, pixels=False)
+    return {key: ((pairs, *shape[1:]), dtype) for key, (shape, dtype) in _shapes(few, True).items()} | _shapes(whole)
+
+
+def _shapes(batch: Batch, images: bool = False) -> Shapes:
+    """Shapes and dtypes of a batch, and its integers; of `images` alone no integers."""
+    found: Shapes = {}
+    for key, value in batch.items():
+        if value.is_floating_point():
+            found[key] = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+        elif not images:
+            found[key] = value.cpu().numpy()
+    return found

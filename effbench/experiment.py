@@ -149,7 +149,7 @@ class Experiment:
             data_fingerprint=self.data.fingerprint,
             images=self.sizes,
             captions={split: sum(len(e.captions) for e in examples) for split, examples in self.data.splits.items()},
-            metrics=tuple(metric.name for metric in self.task.metrics(self.prepared, "test")),
+            metrics=tuple(m.name for m in self.task.metrics(self.prepared, "test") if not m.optional),
             backbone=str(self.backbone),
             weights=self.backbone.weights_id,
             transform=f"{RULE} {self.protocol.image_size}px mean {self.backbone.mean} std {self.backbone.std}",
@@ -182,8 +182,7 @@ class Experiment:
                 f"this very experiment is running already in {out}", "wait for it, or choose another --out"
             ) from None
         try:
-            self.task.groundwork(self.prepared, self.backbone, self.protocol, self.live)
-            self.recipe = self.task.recipe(self.prepared)
+            self._ground()
             journal = Journal(Checkpoint(folder / "checkpoint.pt", every), self, fresh)
             # images are decoded here, under their own progress, not inside the first timed stage
             self.task.batch(self.prepared, "train", np.arange(1), None)
@@ -226,12 +225,18 @@ class Experiment:
 
     def follow(self) -> None:
         """Train along with the first process, which tests, times and writes."""
+        self._ground()
         cached = None
         for seed in self.protocol.seeds if self.trains else ():
             settle(self, seed)
             if self.protocol.train == "locked" and cached is None:
                 cached = self._features(None, lambda state: None)
             self._train(seed, cached, None, lambda state: None)
+
+    def _ground(self) -> None:
+        """Make what all arms start from, where it is not there yet."""
+        self.task.groundwork(self.prepared, self.backbone, self.protocol, self.live)
+        self.recipe = self.task.recipe(self.prepared)
 
     def _features(self, partial: Partial | None, save: Any) -> Partial:
         return features(self._cached_arms(), self.setting, self.sizes, partial, save)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,8 @@ from effbench.records import Protocol
 from effbench.registry import backbones, tasks
 from effbench.training import training_mode
 
-Shapes = dict[str, tuple[tuple[int, ...], str]]
-"""Shape and dtype (as "float32") of each entry of a batch."""
+Shapes = dict[str, tuple[tuple[int, ...], str] | np.ndarray]
+"""Of each entry of a batch shape and dtype (as "float32"); integers by value, for lengths decide what is computed."""
 
 
 def make_step(
@@ -73,8 +74,10 @@ def _backbone(origin: dict[str, Any]) -> Backbone:
 
 
 def _batch(shapes: Shapes, protocol: Protocol) -> dict[str, Tensor]:
-    made = {
-        key: torch.zeros(shape, dtype=getattr(torch, dtype)) if dtype.startswith("int") else torch.rand(shape)
-        for key, (shape, dtype) in shapes.items()
-    }
-    return {key: value.to(protocol.device) for key, value in made.items()}
+    def made(given: tuple[tuple[int, ...], str] | np.ndarray) -> Tensor:
+        if isinstance(given, np.ndarray):
+            return torch.tensor(given)
+        shape, dtype = given
+        return torch.rand(shape, dtype=getattr(torch, dtype))
+
+    return {key: made(given).to(protocol.device) for key, given in shapes.items()}

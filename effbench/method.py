@@ -60,6 +60,7 @@ class TrainingPlan:
         trained: those inside frozen ones that are trained all the same, e.g. a method's own scorer.
         each_step: called before every training step with the share of the steps that is done, in [0, 1): schedules.
         losses: called after the forward pass of every training step; the scalars are added to the task's loss.
+        plain_engine: why no other engine than the plain one can train this; empty where all can.
     """
 
     model: ModelView
@@ -67,6 +68,7 @@ class TrainingPlan:
     trained: list[nn.Module | nn.Parameter]
     each_step: list[Callable[[float], None]] = field(default_factory=list)
     losses: list[Callable[[], Tensor]] = field(default_factory=list)
+    plain_engine: str = ""
 
     def set_gradients(self) -> None:
         """Let the parameters of the model require gradients, or not, as the plan says."""

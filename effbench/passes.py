@@ -21,16 +21,21 @@ from effbench.lockstep import (
     restore,
     steps,
 )
-from effbench.task import Items
+from effbench.task import Items, Task
 
 
 def features(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: Partial | None, save: Save) -> Partial:
-    """The pass through the frozen tower, once per arm: fills `arm.features` for the training and dev images."""
+    """The pass through the frozen tower, once per arm: fills `arm.features` for the training and dev images.
+
+    An arm whose tower is the baseline's takes the first step alone; the others are the baseline's, seconds and all.
+    """
     task, prepared = setting.task, setting.prepared
     plan = [b for split in ("train", "dev") for b in blocks(split, sizes[split], setting.protocol.eval_batch)]
     done: dict[str, list[Tensor]] = {arm.name: [] for arm in arms}
+    twins: list[str] = []
     if partial:
         done = {name: [stored] for name, stored in partial["features"].items()}
+        twins = partial.get("twins", [])
         restore(arms, partial)
     start = partial["index"] + 1 if partial else 0
 
@@ -42,17 +47,33 @@ def features(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: 
             done[arm.name].append(task.frozen_features(arm.model, batch["image"]).cpu())
 
     def state(index: int) -> Partial:
-        return dict(
-            index=index, features={name: torch.cat(parts) for name, parts in done.items() if parts}, **kept_state(arms)
-        )
+        found = {name: torch.cat(parts) for name, parts in done.items() if parts and name not in twins}
+        return dict(index=index, features=found, twins=twins, **kept_state(arms))
 
     for arm in arms:
         arm.model.eval()
     setting.live.stage("feature pass of the frozen tower", len(plan), start=start)
-    for index, _ in steps(arms, "features", 0, range(start, len(plan)), fetch, work, setting):
-        setting.live.advance(index + 1, columns(arms, setting))
-        save(functools.partial(state, index))
-    return state(len(plan) - 1)
+    for span in (range(start, 1), range(max(start, 1), len(plan))):
+        own = [arm for arm in arms if arm.name not in twins]
+        for index, _ in steps(own, "features", 0, span, fetch, work, setting):
+            if index == 0:
+                twins = [arm.name for arm in arms[1:] if _same_tower(arm, arms[0], task, done)]
+            setting.live.advance(index + 1, columns(own, setting))
+            save(functools.partial(state, index))
+    result = state(len(plan) - 1)
+    result["features"] |= {name: result["features"][arms[0].name] for name in twins}
+    shared = [row for row in setting.rows if row["phase"] == "features" and row["index"] and row["arm"] == arms[0].name]
+    setting.rows += [row | dict(arm=name) for name in twins for row in shared]
+    return result
+
+
+def _same_tower(arm: Arm, baseline: Arm, task: Task, done: dict[str, list[Tensor]]) -> bool:
+    """Whether what an arm freezes is the very tower of the baseline; a control's never is, it measures the noise."""
+    if arm.plan.kind == "control" or arm.error or baseline.error:
+        return False
+    towers = [[m for part in task.locked(each.model) for m in part.modules()] for each in (arm, baseline)]
+    kinds = [[(type(m).__qualname__, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in of] for of in towers]
+    return kinds[0] == kinds[1] and torch.equal(done[arm.name][0], done[baseline.name][0])
 
 
 def use_features(arms: list[Arm], result: Partial, sizes: dict[str, int]) -> None:
@@ -85,7 +106,7 @@ def test(
 
     Returns:
         by arm under "items" and, but for the baseline, "agreement": by score, "values" and "group" tensors (see
-        `effbench.task.Items`).
+        `effbench.task.Items`); "answers" of the first seed; "notes" on the scores.
     """
     task, prepared = setting.task, setting.prepared
     plan = blocks("test", sizes["test"], setting.protocol.eval_batch)
@@ -110,13 +131,25 @@ def test(
         setting.live.advance(index + 1, columns(arms, setting))
         save(functools.partial(state, index))
     outputs = {arm.name: joined(done[arm.name]) for arm in arms if not arm.error}
-    items = {name: _stored(task.score(prepared, "test", found)) for name, found in outputs.items()}
+    if task.writes:
+        setting.live.stage(f"scores of what was written, seed {seed}", len(outputs), "arms")
+    items = {}
+    for name, found in outputs.items():
+        items[name] = _stored(task.score(prepared, "test", found))
+        setting.live.advance(len(items))
+    first = seed == setting.protocol.seeds[0]
+    answers = {
+        name: [answer.model_dump() for answer in task.examples(prepared, "test", found)]
+        for name, found in outputs.items()
+        if first
+    }
     agreement = {
         name: _stored(task.agreement(prepared, "test", outputs["baseline"], found))
         for name, found in outputs.items()
         if name != "baseline"
     }
-    return dict(items=items, agreement=agreement, **kept_state(arms))
+    notes = task.notes(prepared)
+    return dict(items=items, agreement=agreement, answers=answers, notes=notes, **kept_state(arms))
 
 
 def _stored(scores: dict[str, Items]) -> dict[str, dict[str, Tensor]]:

@@ -153,6 +153,29 @@ class Timing(Model):
     speedup: Speedup | None = Field(None, description="against the baseline; None for the baseline itself")
 
 
+class Decoding(Model):
+    """How an arm writes at one batch size; the tokens are those of the texts, not of a search's beams."""
+
+    batch: Annotated[int, Field(ge=1)] = Field(description="texts that are written together")
+    tokens: Annotated[int, Field(ge=1)] = Field(description="that are written of each text")
+    prefix: Count | None = Field(None, description="tokens before the text: those of the image, and what is around it")
+    first_token: Seconds | None = Field(
+        None, description="up to the second token: image tower, connector, prefill, choosing the first one"
+    )
+    per_token: Seconds | None = Field(None, description="of each further token of all texts; None: there is none")
+    first_token_speedup: Speedup | None = None
+    per_token_speedup: Speedup | None = None
+    cache_bytes: Count | None = Field(None, description="keys and values of all texts when the last token is written")
+    first_token_flops: Count | None = Field(None, description="of a text up to its first token, all that is computed")
+    prefill_flops: Count | None = Field(None, description="of first_token_flops, the language model's")
+    decode_flops: Count | None = Field(None, description="of a text from its second token on, all that is computed")
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Further tokens of all texts together."""
+        return self.batch / self.per_token if self.per_token else None
+
+
 class TimeSplit(Model):
     """Seconds of one phase over all its steps; the parts from image to optimiser add up to compute."""
 
@@ -165,7 +188,7 @@ class TimeSplit(Model):
     overhead: Seconds = Field(0.0, description="the method's own scoring and matching")
     connector: Seconds = Field(0.0, description="from the image tower's tokens to those of the language model")
     prefill: Seconds = Field(0.0, description="language model, a whole sequence at once; forward only")
-    decode: Seconds = Field(0.0, description="language model, one token after the other")
+    decode: Seconds = Field(0.0, description="the second token that is written and all after it, one by one")
     head: Seconds = Field(0.0, description="what is left of compute: projection, similarity, loss")
     backward: Seconds = 0.0
     optimiser: Seconds = 0.0
@@ -317,6 +340,7 @@ class Economics(Model):
     """What an arm's own training cost, and what it brought; means over the seeds."""
 
     share: Annotated[float, Field(gt=0, le=1)] = Field(description="of the baseline's best dev quality, to be reached")
+    metric: Text = Field("", description="of dev that target and best_dev are of; empty: the primary metric of test")
     target: Finite | None = Field(
         None, description="the primary metric on dev to be reached; None: the baseline is at chance"
     )
@@ -334,6 +358,15 @@ class Economics(Model):
     )
     break_even: Amount | None = Field(None, description="queries after which they have paid for the whole training")
     note: Text = Field("", description="why there is no target or no break-even")
+
+
+class Answer(Model):
+    """A text that an arm wrote about a test image, and what people wrote."""
+
+    image: Text = Field(description="name of the test image")
+    question: Text = Field("", description="empty where nothing is asked")
+    text: Text = Field(description="by the weights of the first seed; empty where the arm wrote nothing")
+    references: tuple[Text, ...] = Field((), max_length=8, description="one or two of the image's references")
 
 
 class Arm(Model):
@@ -365,6 +398,7 @@ class Arm(Model):
     step_time: TimeSplit | None = Field(None, description="the middle half of the timed steps, warm-up apart")
     by_batch: tuple[Timing, ...] = Field((), description="timed steps at several batch sizes")
     pays_from: Count | None = Field(None, description="smallest batch from which on the arm is FASTER")
+    decoding: tuple[Decoding, ...] = Field((), description="how it writes, by batch size; empty where it does not")
     energy: Energy | None = None
     train_flops: Flops | None = Field(None, description="one training step, per pair")
     test_flops: Flops | None = None
@@ -384,6 +418,7 @@ class Arm(Model):
     agreement: dict[str, Interval] = Field(
         {}, description="with the baseline: shares of equal answers, and cosines (..._cosine)"
     )
+    answers: tuple[Answer, ...] = Field((), max_length=100, description="a few of the texts that it wrote")
     losses: dict[str, tuple[Finite, ...]] = Field({}, description="mean training loss per epoch, by seed")
     dev: dict[str, tuple[Finite, ...]] = Field({}, description="primary metric at each look at the dev split, by seed")
     economics: Economics | None = Field(None, description="None: the arm trained nothing of its own")

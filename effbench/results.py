@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from effbench import calibrate, quality, records, speeds, versus
+from effbench import calibrate, decode_figures, quality, records, speeds, versus
 from effbench.arms import judges, trainer
 from effbench.budget import is_rung, saves
 from effbench.economics import economics
-from effbench.examine import examine, memory
+from effbench.examine import eases, examine, memory
 from effbench.interaction import interaction
 from effbench.measure.environment import device_model
 from effbench.measure.structure import masked_tokens
@@ -69,13 +69,15 @@ def record(
             facts |= seen | probed
             if not facts["no_quality"]:
                 facts |= _quality(experiment, arm.name, items, facts.get("trained_by") != "baseline" and bool(trained))
+            facts["answers"] = items[protocol.seeds[0]].get("answers", {}).get(arm.name, ())
             for field in ("losses", "dev") if own is not None else ():
                 facts[field] = {str(seed): tuple(part["arms"][arm.name][field]) for seed, part in trained.items()}
             # against identity where a method edits the towers: a kernel change is not what the method takes away
             plain = parts.get("identity", parts["baseline"]) if arm.plan.methods else parts["baseline"]
-            changed = {part for part, now in parts[arm.name].items() if arm.plan.methods and now != plain[part]}
+            changed = {part for part, now in parts[arm.name].items() if arm.plan.methods and eases(now, plain[part])}
             base = found[0] if found else None
             facts |= _times(experiment, arm.name, rows, own is not None, changed)
+            facts["decoding"] = decode_figures.timed(facts["decoding"], rows, arm.name)
             facts |= _promise(facts, base)
             masked = _masked(arm.plan, facts, base)
             facts["structure"] = facts["structure"].model_copy(update=dict(masked_tokens=bool(masked)))
@@ -90,6 +92,7 @@ def record(
     outside = seconds["loop"] - seconds["data"] - seconds["compute"]
     noop = next(arm for arm in found if arm.control == "noop")
     why = _noise(noop, rows, experiment.batches) or _not_deterministic(items)
+    on_scores = [note for part in items.values() for note in part.get("notes", ())]
     more = dict(
         resumed=journal.resumed,
         data_origin=experiment.data.origin,
@@ -108,7 +111,7 @@ def record(
         envelope=experiment.envelope(),
         provenance=provenance.model_copy(update=more),
         arms=tuple(found),
-        notes=tuple(experiment.data.notes),
+        notes=tuple(dict.fromkeys([*experiment.data.notes, *on_scores])),
     )
 
 
@@ -237,6 +240,9 @@ def _quality(experiment: Experiment, arm: str, items: dict[int, Partial], trains
     """Metrics with their lossy-ness, and the agreement with the baseline."""
     metrics = {}
     for metric in experiment.task.metrics(experiment.prepared, "test"):
+        scored = [part["items"][each] for part in items.values() for each in ("baseline", arm)]
+        if metric.optional and any(metric.items not in found for found in scored):
+            continue
         baseline = [items_of(part["items"]["baseline"][metric.items]) for part in items.values()]
         own = baseline
         if arm != "baseline":

@@ -11,9 +11,10 @@ A row is one timed step of one arm (`kind` "step") or one per-item score ("item"
                    items: number of the item
     seconds        step: wall seconds of the arm's step, device synchronised on both sides
     image_seconds  step: the image tower's share of it, the method's overhead taken off; so for text_seconds,
-                   connector_seconds, prefill_seconds (a language model on a whole sequence), decode_seconds (token
-                   after token), overhead_seconds (the method's own scoring), head_seconds (the rest of the forward
-                   pass, loss), backward_seconds and optimiser_seconds
+                   connector_seconds, prefill_seconds (a language model on a whole sequence), decode_seconds (the
+                   second token that is written and all after it, choosing them included), overhead_seconds (the
+                   method's own scoring), head_seconds (the rest of the forward pass, loss), backward_seconds and
+                   optimiser_seconds
     data_wait      step: seconds waited for the batch (shared by all arms)
     transfer       step: seconds of its way from the host to the device (shared by all arms)
     joules         step: energy used, where the machine can read it

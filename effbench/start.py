@@ -23,6 +23,7 @@ from effbench.measure.environment import cores
 from effbench.measure.threads import threads as threads_of_torch
 from effbench.models.choose import choose
 from effbench.records import Captioning, Protocol, Record
+from effbench.registry import backbones
 from effbench.report.leaderboard import write_leaderboard
 from effbench.spec import canonical, parse
 from effbench.terminal import console
@@ -132,16 +133,19 @@ def run(
         found = resolve(task, data, live.progress)
         if found.stood_in:
             live.banner(f"NO REAL {task.upper()} DATA: RUNNING ON {found.data.name.upper()}", [found.looked])
+        options = captioning_options(found, captioning, backbone)
         tower, banner = choose(backbone, weights, pretrained, embedded=found.data.synthetic, image_size=image_size)
         if banner:
             live.banner("NO PRETRAINED WEIGHTS: RUNNING ON THE SHIPPED TOWER", banner)
+        for note in tower.notes:
+            live.warn(note)
         if weights == "random":
             live.warn("random weights: time and FLOPs mean something, quality does not")
         asked = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, train=train)
         given = {name: value for name, value in asked.items() if value is not None}
         protocol = _protocol(
             {k: v for k, v in found.source.recommended.items() if k != "captioning"} | given,
-            captioning=_captioning(found, captioning),
+            captioning=options,
             precision=precision,
             image_size=tower.image_size,
             head=head,
@@ -183,8 +187,12 @@ def run(
         return record
 
 
-def _captioning(found: Resolved, asked: dict[str, Any] | None) -> Captioning | None:
+def captioning_options(found: Resolved, asked: dict[str, Any] | None, backbone: str = "auto") -> Captioning | None:
     """How a task writes text; None where it writes none.
+
+    Args:
+        found: the task with its data. asked: fields of `Captioning`, None for what is recommended.
+        backbone: as it is asked for; one that is a whole vision-language model writes by itself.
 
     Raises:
         UsageError: something is asked for that cannot be, or of a task that writes none.
@@ -192,14 +200,37 @@ def _captioning(found: Resolved, asked: dict[str, Any] | None) -> Captioning | N
     from pydantic import ValidationError
 
     given = {name: value for name, value in (asked or {}).items() if value is not None}
+    family, _, name = backbone.partition(":")
+    own = bool(name) and backbones.get(family).writes
     if not found.task.writes:
         if given:
             option = min(CAPTIONING_OPTIONS.get(name, name) for name in given)
             raise UsageError(f"--{option} is for tasks that write text", "use --task flickr8k_caption, or leave it out")
+        if own:
+            raise UsageError(
+                f"{backbone} writes text and has no pair of towers to align", "use --task flickr8k_caption"
+            )
         return None
     values = found.source.recommended.get("captioning", {}) | given
-    if values.get("decoder", "tiny") != "tiny" and "stages" not in given:
-        values["stages"] = ("align",)  # it knows its language
+    decoder = values.get("decoder", "tiny")
+    if own:
+        said = [option for option in ("decoder", "layers", "width", "image_tokens") if option in given]
+        said = [option for option in said if given[option] != "own"]
+        if said:
+            told = f"--{CAPTIONING_OPTIONS[said[0]]} {given[said[0]]}"
+            raise UsageError(f"{told}: {backbone} brings its own decoder and connector", "leave it out")
+        decoder = values["decoder"] = "own"
+        values["image_tokens"] = 0  # as many as it makes
+    elif decoder == "own":
+        raise UsageError("--decoder own is the decoder of a whole model", "name one with --backbone hf:PATH_OR_NAME")
+    if decoder != "tiny":
+        for option in ("layers", "width"):
+            if option in given:
+                told = f"--{CAPTIONING_OPTIONS[option]} {given[option]}"
+                raise UsageError(f"{told} is of the tiny decoder, and {decoder} brings its own", "leave it out")
+            values.pop(option, None)
+        if "stages" not in given:
+            values["stages"] = ("align",)  # it knows its language
     try:
         return Captioning(**values)
     except ValidationError as error:

@@ -98,6 +98,7 @@ def _experiments(
     from effbench.models.choose import choose
     from effbench.records import Protocol
     from effbench.spec import canonical
+    from effbench.start import captioning_options
 
     options = sweep.options.model_dump(exclude_unset=True) | backbone.options.model_dump(exclude_unset=True)
     found = resolve(task.name, task.data, live.progress)
@@ -109,7 +110,10 @@ def _experiments(
         image_size=options.get("image_size"),
     )
     held = {name: value for name, value in options.items() if name in Protocol.model_fields and name != "device"}
-    protocol = Protocol(**found.task.recommended | held | dict(image_size=tower.image_size))
+    held = {k: v for k, v in found.source.recommended.items() if k != "captioning"} | held
+    held["captioning"] = captioning_options(found, options.get("captioning"), backbone.name)
+    protocol = Protocol(**held | dict(image_size=tower.image_size))
+    found.task.set_apart(found.data, protocol)
     prepared = found.task.prepare(found.data, tower, protocol, live.progress)
     recipe = found.task.recipe(prepared)
     available = found.data.sizes()["train"]

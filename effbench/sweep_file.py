@@ -9,7 +9,7 @@
     seeds: 1
     controls: [random, resize]
     arms_per_run: 12                           # else all methods share one experiment, and its baseline
-    options: {train: locked, timing_pairs: 20} # options of `effbench run`
+    options: {train: locked, timing_pairs: 20} # options of `effbench run`; captioning: {layers: 8} of a decoder
 
 A backbone's own `methods` stand in place of the sweep's; its `options` are added to the sweep's.
 """
@@ -86,6 +86,8 @@ class Options(_Strict):
     weight_decay: float = Field(None, ge=0)
     data_share: float = Field(None, gt=0, le=1)
     dev_checks: int = Field(None, ge=1)
+    precision: Literal["fp32", "bf16"] = None
+    captioning: dict[str, Any] = Field(None, description="fields of `effbench.records.Captioning`")
     threads: int = Field(None, ge=1)
     timing_batch: int = Field(None, ge=1)
     timing_pairs: int = Field(None, ge=0)

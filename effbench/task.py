@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from effbench.models.backbones import Backbone
-    from effbench.records import Protocol
+    from effbench.records import Answer, Protocol
 
 SPLITS = ("train", "dev", "test")
 
@@ -91,6 +91,8 @@ class Metric:
         chance: its expected value for a blind guesser; None where undefined.
         ceiling: the best value there is; None where unbounded.
         unit: "%" or a word.
+        optional: a machine may lack what it needs: it is shown where its items are there, and is no part of the
+            envelope, so that results of both kinds of machine are ranked together.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Metric:
     reduce: str = "mean"
     unit: str = "%"
     combine: Callable[[np.ndarray], np.ndarray] | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,11 @@ class Items:
 
     values: np.ndarray
     group: np.ndarray
+
+
+def shown(images: int, count: int = 5) -> list[int]:
+    """Which of a split's images stand for the others, spread evenly: 0, 200, 400, 600, 800 of 1,000."""
+    return sorted({i * images // count for i in range(count if images else 0)})
 
 
 class Task(ABC):
@@ -156,6 +164,10 @@ class Task(ABC):
             live: shows progress (see `effbench.live.Live`).
         """
 
+    def ahead(self, prepared: Any, backbone: Backbone, protocol: Protocol) -> str:
+        """What `groundwork` would make since it is not there yet, in words; empty for nothing. It makes nothing."""
+        return ""
+
     def recipe(self, prepared: Any) -> Any:
         """The small picklable facts that `build` needs of the data, e.g. the size of the vocabulary."""
         return None
@@ -184,7 +196,10 @@ class Task(ABC):
         """What testing needs of a batch, each tensor with items in dim 0. Results of batches are concatenated."""
 
     def serve(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> object:
-        """What a timed test step computes: a model's use, of the same size for every arm."""
+        """What a timed test step computes: a model's use, of the same size for every arm.
+
+        Of a task that writes: ids (batch, tokens), and the bytes of the cache when the last token is written.
+        """
         return self.predict(model, batch)
 
     def first_token(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> object | None:
@@ -214,6 +229,18 @@ class Task(ABC):
             baseline, outputs: concatenated predictions of both on a whole split.
         """
         return {}
+
+    def examples(self, prepared: Any, split: str, outputs: dict[str, torch.Tensor]) -> list[Answer]:
+        """A few of the answers that an arm wrote, for people to read: on the images that `shown` picks.
+
+        Args:
+            outputs: concatenated predictions on the whole split.
+        """
+        return []
+
+    def notes(self, prepared: Any) -> list[str]:
+        """What readers should know of the scores that were computed so far, e.g. that one was left out, and why."""
+        return []
 
     @abstractmethod
     def metrics(self, prepared: Any, split: str) -> list[Metric]:

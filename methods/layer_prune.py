@@ -1,4 +1,4 @@
-"""Layer pruning: remove whole blocks of a tower."""
+"""Layer pruning: remove whole blocks of a tower or a decoder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from effbench.errors import InvalidError, UsageError
 from effbench.method import Method, param
+from effbench.models.decoder import Decoder
 from effbench.models.tower import ModelView, Tower, image_tower
 from effbench_methods.algorithms.layer_importance import angular_distance, block_influence
 
@@ -24,7 +25,11 @@ DROP, BY = 3, "block_influence"
 
 @dataclass(frozen=True)
 class LayerPrune(Method):
-    """Remove whole blocks of a tower: by what training data show of them, by a pattern, or those that `at` names.
+    """Remove whole blocks of a tower, layers of a decoder: by what training data show of them, by a pattern, or those
+    that `at` names.
+
+    Of a captioner they are those of its decoder, unless target says otherwise: there the cost is. Texts are given, and
+    angular looks at the last token of each.
 
     block_influence removes the blocks that turn the tokens least, 1 - mean cos(h_l, h_l+1) (ShortGPT, in one shot).
     angular removes `drop` consecutive blocks, those between whose ends arccos(cos) / pi is smallest; the paper then
@@ -47,7 +52,11 @@ class LayerPrune(Method):
     drop: int = param(DROP, "how many blocks are removed", low=0)
     by: str = param(BY, "how they are chosen", choices=("block_influence", "angular", "every_other", "random"))
     at: tuple[int, ...] = param((), "the blocks (0-based) themselves, in place of drop and by", low=0)
-    target: str = param("tower", "whose blocks; tower: of the images", choices=("tower", "text", "decoder"))
+    target: str | None = param(
+        None,
+        "whose blocks; tower: of the images; none: those of a captioner's decoder, else tower",
+        choices=("tower", "text", "decoder"),
+    )
     images: int = param(64, "training images that block_influence and angular look at", low=1)
 
     def __post_init__(self) -> None:
@@ -60,6 +69,8 @@ class LayerPrune(Method):
             raise UsageError("layer_prune: at= names a block twice", "name each once, e.g. at=3/5/7")
         if self.phase == "both":  # it names blocks too, and they would be others
             object.__setattr__(self, "goes_before", (*self.goes_before, "layer_tune"))
+        if self.target in (None, "decoder"):  # it would not find its region again
+            object.__setattr__(self, "conflicts", ("region_prune",))
 
     @property
     def count(self) -> int:
@@ -89,12 +100,14 @@ class LayerPrune(Method):
             tower = self.tower(model)
             self.remove(tower, *self.choose(tower, model, calibration))
 
-    def choose(self, tower: Tower, model: ModelView, calibration: CalibrationSet) -> tuple[tuple[int, ...], str]:
+    def choose(
+        self, tower: Tower | Decoder, model: ModelView, calibration: CalibrationSet
+    ) -> tuple[tuple[int, ...], str]:
         """The blocks to remove, ascending, and why these."""
         layers, drop = len(tower), self.count
         if drop >= layers:
             raise UsageError(
-                f"layer_prune: {drop} of the {layers} blocks of {tower.name} would leave none",
+                f"layer_prune: {drop} of the {layers} {_words(tower)} of {tower.name} would leave none",
                 f"drop takes 0 to {layers - 1} here",
             )
         if self.at:
@@ -116,15 +129,16 @@ class LayerPrune(Method):
             return least_angle(angular_distance(tower, model.model, calibration, self.images, drop), free, drop)
         return least_influence(block_influence(tower, model.model, calibration, self.images), free, drop)
 
-    def remove(self, tower: Tower, at: tuple[int, ...], why: str) -> None:
+    def remove(self, tower: Tower | Decoder, at: tuple[int, ...], why: str) -> None:
         """Remove blocks, and leave word for `notes` with the tower."""
         if not at:
             return
         layers = len(tower)
         if max(at) >= layers:
             raise UsageError(
-                f"layer_prune: block {max(at)} does not exist: {tower.name} has blocks 0 to {layers - 1}",
-                "choose other blocks with at=",
+                f"layer_prune: {_words(tower, 1)} {max(at)} does not exist: {tower.name} has {_words(tower)} 0 to "
+                f"{layers - 1}",
+                f"choose other {_words(tower)} with at=",
             )
         free = candidates(tower)
         if taken := [block for block in at if block not in free]:
@@ -135,21 +149,25 @@ class LayerPrune(Method):
             )
         gone = acting(tower.blocks[block] for block in at)
         tower.keep_blocks(set(range(layers)) - set(at))
-        note = f"{_named(at)} of {layers} removed, {why}"
+        whose = " of the decoder" if isinstance(tower, Decoder) else ""
+        note = f"{_words(tower, len(at))} {', '.join(map(str, at))} of {layers}{whose} removed, {why}"
         if gone:
             note += f"; with them their part of {' and '.join(gone)}"
-        tower.loop.removed = (*getattr(tower.loop, "removed", ()), note)
+        tower.module.blocks_removed = (*getattr(tower.module, "blocks_removed", ()), note)
 
-    def tower(self, model: ModelView) -> Tower:
-        """The tower whose blocks are meant."""
-        if self.target == "tower":
+    def tower(self, model: ModelView) -> Tower | Decoder:
+        """The tower or decoder whose blocks are meant."""
+        target = self.target or ("tower" if model.decoder is None else "decoder")
+        if target == "tower":
             return image_tower(model, "layer_prune")
-        found = model.text if self.target == "text" else getattr(model, "decoder", None)
+        found = model.text if target == "text" else model.decoder
         if found is None:
-            what = "text tower of transformer blocks" if self.target == "text" else "decoder"
+            what, other = ("text tower of transformer blocks", "backbone")
+            if target == "decoder":
+                what, other = "decoder", "task, one that writes captions"
             raise UsageError(
-                f"layer_prune: target={self.target} needs a {what}, and this model has none that effbench knows",
-                "use target=tower, or another backbone",
+                f"layer_prune: target={target} needs a {what}, and this model has none that effbench knows",
+                f"use target=tower, or another {other}",
             )
         return found
 
@@ -160,7 +178,7 @@ class LayerPrune(Method):
         return {"random": LayerPrune(drop=self.count, by="random", target=self.target, phase=self.phase)}
 
     def notes(self, model: ModelView) -> list[str]:
-        return list(getattr(self.tower(model).loop, "removed", ()))
+        return list(getattr(self.tower(model).module, "blocks_removed", ()))
 
 
 def least_influence(influence: Tensor, free: list[int], drop: int) -> tuple[tuple[int, ...], str]:
@@ -190,7 +208,7 @@ def least_angle(distance: Tensor, free: list[int], drop: int) -> tuple[tuple[int
     return tuple(range(best, best + drop)), f"of the least angular distance ({values[best]:.4f}{others})"
 
 
-def candidates(tower: Tower) -> list[int]:
+def candidates(tower: Tower | Decoder) -> list[int]:
     """The blocks that may go: those that no other method acts in, or all where methods act in every one."""
     free = [i for i, block in enumerate(tower.blocks) if not _methods_in(block)]
     return free or list(range(len(tower)))
@@ -202,8 +220,10 @@ def acting(blocks: Iterable[nn.Module]) -> list[str]:
 
 
 def _methods_in(block: nn.Module) -> list[nn.Module]:
-    return [part for part in (block.token_edit, block.token_bypass, block.attn.core) if part is not None]
+    """What methods placed in a block; a decoder's layers have no place for it."""
+    places = (block, "token_edit"), (block, "token_bypass"), (getattr(block, "attn", None), "core")
+    return [part for holder, name in places if (part := getattr(holder, name, None)) is not None]
 
 
-def _named(at: tuple[int, ...]) -> str:
-    return ("block " if len(at) == 1 else "blocks ") + ", ".join(map(str, at))
+def _words(tower: Tower | Decoder, count: int = 2) -> str:
+    return ("layer" if isinstance(tower, Decoder) else "block") + "s" * (count > 1)

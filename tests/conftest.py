@@ -14,6 +14,7 @@ share_cores()  # before torch is imported, as the command line does
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("EFFBENCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("EFFBENCH_JAVA", "")  # METEOR takes seconds to start
 
 
 @pytest.fixture

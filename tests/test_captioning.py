@@ -95,7 +95,7 @@ def test_a_stack_that_changes_only_testing_is_not_trained_again(data, tmp_path):
     )
     record = run(data, tmp_path, [tuned, pruned], timing_pairs=0, controls="none")
     first, second = (arm for arm in record.arms if arm.kind == "method")
-    assert second.trained_by == first.name and second.train_time is None and first.train_time.steps == 6
+    assert second.trained_by == first.name and second.train_time is None and first.train_time is not None
     assert second.metrics["token_loss"].value == first.metrics["token_loss"].value
     assert first.trained_by == ""
 

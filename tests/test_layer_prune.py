@@ -11,11 +11,16 @@ from tiny import IMAGES, clip, vit
 
 import effbench
 from effbench.arms import ArmPlan, plan_arms
-from effbench.calibration_set import of_inputs
+from effbench.calibration_set import CalibrationSet, of_inputs
 from effbench.errors import InvalidError, UsageError
 from effbench.live import Live
 from effbench.measure.flops import flops
+from effbench.models import language
+from effbench.models.captioner import IGNORE, Captioner, PooledLinear
+from effbench.models.decoding import generate
+from effbench.models.patch_tokens import TimmTokens
 from effbench.models.tower import view
+from effbench.records import Captioning
 from effbench.registry import methods
 from effbench.spec import canonical, parse
 
@@ -248,7 +253,7 @@ def test_the_control_is_as_many_blocks_chosen_blindly():
             "images=20",
         ),
         ("layer_prune:drop=1,target=text", "target=text needs a text tower", "target=tower"),
-        ("layer_prune:drop=1,target=decoder", "target=decoder needs a decoder", "target=tower"),
+        ("layer_prune:drop=1,target=decoder", "target=decoder needs a decoder", "task, one that writes captions"),
         ("layer_prune:at=1+token_prune:at=1", "layer_prune and token_prune conflict: .* block 1", "at="),
         ("token_prune:at=0/1/2+layer_prune:drop=2,images=2", "token_prune acts in stay; 1 of 4 are free", "drop=1"),
         ("token_prune:at=1+layer_prune:drop=3,by=angular,images=2", "finds no 3 blocks in a row", "smaller drop"),
@@ -268,6 +273,122 @@ def test_without_calibration_data_only_choices_that_look_at_none_are_taken():
         effbench.apply(clip(), "layer_prune:drop=1,target=text,images=2", IMAGES)
     for spec in ("layer_prune:at=1", "layer_prune:drop=1,by=every_other", "layer_prune:drop=1,by=random"):
         assert len(effbench.apply(vit(), spec).blocks) == 3
+
+
+def captioner(layers=6):
+    tower = TimmTokens(vit())  # which seeds
+    decoder = language.tiny(50, layers, 32)
+    for layer in decoder.body.layers:
+        torch.nn.init.normal_(layer.mlp.down_proj.weight, std=0.2)
+    return Captioner(tower, PooledLinear(24, 32, 2), decoder, (), (49,), 49, Captioning()).eval()
+
+
+def caption_loss(model, batch):
+    tokens, images = batch
+    prefix = model.prefix(model.features(images))
+    return model.loss(prefix, tokens, torch.where(tokens > 0, tokens, IGNORE))
+
+
+CAPTIONS = CalibrationSet(
+    lambda: iter([(torch.tensor([[3, 4, 5, 6, 49, 0], [7, 8, 49, 0, 0, 0]]), IMAGES)]), 64, caption_loss, caption_loss
+)
+
+
+def pruned(model, method):
+    """The model after a method, and which layers of its decoder are left."""
+    for number, layer in enumerate(model.language.body.layers):
+        layer.number = number
+    seen = view(model)
+    if method.phase == "both":
+        method = method.settle(seen, CAPTIONS)
+    method.edit_model(seen)
+    method.finish(seen, CAPTIONS)
+    return model, [layer.number for layer in model.language.body.layers]
+
+
+@torch.no_grad()
+def write(model, cached=True):
+    prefix = model.prefix(model.features(IMAGES))
+    return generate(model.language, prefix, 6, 49, exactly=True, cached=cached)
+
+
+@pytest.mark.parametrize("phase", ["test", "both"])
+@pytest.mark.parametrize("by", ["block_influence", "angular", "every_other", "random"])
+def test_a_captioner_loses_layers_of_its_decoder(by, phase):
+    whole = captioner()
+    with torch.no_grad():
+        tower = view(copy.deepcopy(whole)).model.features(IMAGES)
+    model, left = pruned(copy.deepcopy(whole), LayerPrune(drop=2, by=by, phase=phase))  # no target is named
+    assert len(left) == len(model.language.body.layers) == 4 and len(model.image_encoder.trunk.blocks) == 4
+    (note,) = LayerPrune().notes(view(model))
+    assert note.startswith("layers ") and " of 6 of the decoder removed, " in note
+
+    shorter = captioner(layers=4)
+    shorter.load_state_dict(model.state_dict())  # strict: the same keys
+    view(shorter)
+    ids, held = write(model)
+    assert torch.equal(ids, write(shorter)[0]) and held == write(shorter)[1] and held * 6 == write(whole)[1] * 4
+    assert torch.equal(ids, write(model, cached=False)[0])
+    with torch.no_grad():
+        assert torch.equal(
+            caption_loss(model, next(CAPTIONS._batches())), caption_loss(shorter, next(CAPTIONS._batches()))
+        )
+        assert torch.equal(model.features(IMAGES), tower)  # the image tower is as it was
+
+
+def test_decoder_layers_that_do_nothing_go_and_nothing_changes():
+    batch = next(CAPTIONS._batches())
+    for by, still in (("block_influence", (1, 4)), ("angular", (3, 4))):
+        model = captioner()
+        for layer in (model.language.body.layers[i] for i in still):
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+        with torch.no_grad():
+            before = caption_loss(model, batch)
+            model, left = pruned(model, LayerPrune(drop=2, by=by))
+            assert left == [i for i in range(6) if i not in still]
+            assert (caption_loss(model, batch) - before).abs() < 1e-5
+
+
+def test_without_a_layer_to_drop_the_decoder_is_the_same_bit_for_bit():
+    whole = captioner()
+    view(whole)
+    for phase in ("test", "both"):
+        model, left = pruned(copy.deepcopy(whole), LayerPrune(drop=0, phase=phase))
+        assert left == list(range(6)) and LayerPrune().notes(view(model)) == []
+        with torch.no_grad():
+            prefix = whole.prefix(whole.features(IMAGES))
+            assert torch.equal(model.language(prefix), whole.language(prefix))
+        assert torch.equal(write(model)[0], write(whole)[0])
+
+
+def test_of_a_captioner_the_tower_or_named_layers_go_where_that_is_said():
+    model, left = pruned(captioner(), LayerPrune(drop=1, target="tower"))
+    assert len(left) == 6 and len(model.image_encoder.trunk.blocks) == 3
+    assert LayerPrune(target="tower").notes(view(model))[0].startswith("block ")
+    assert LayerPrune().notes(view(model)) == []
+    assert pruned(captioner(), LayerPrune(at=(5, 0), target="decoder"))[1] == [1, 2, 3, 4]
+    assert pruned(captioner(), LayerPrune(drop=3, by="every_other"))[1] == [1, 3, 5]
+    settled = LayerPrune(drop=2, phase="both").settle(view(captioner()), CAPTIONS)
+    assert parse(canonical((settled,))) == (settled,) and len(settled.at) == 2 and settled.target is None
+    decoder = LayerPrune(drop=2, target="decoder").controls()["random"]
+    assert canonical((decoder,)) == "layer_prune:drop=2,by=random,target=decoder"
+
+
+@pytest.mark.parametrize(
+    "options, message, hint",
+    [
+        (dict(drop=6), "6 of the 6 layers of LlamaModel would leave none", "0 to 5"),
+        (dict(at=(2, 6)), "layer 6 does not exist: LlamaModel has layers 0 to 5", "choose other layers"),
+        (dict(drop=1, target="text"), "target=text needs a text tower", "target=tower"),
+        (dict(drop=1, images=65), "images=65 needs 65 training images .* there are 64", "images=64"),
+    ],
+)
+def test_what_does_not_fit_a_decoder_is_refused_and_nothing_is_removed(options, message, hint):
+    model = captioner()
+    with pytest.raises(UsageError, match=message) as refused:
+        pruned(model, LayerPrune(**options))
+    assert hint in refused.value.hint and len(model.language.body.layers) == 6
 
 
 def test_before_training_it_stands_before_methods_that_name_blocks():

@@ -228,7 +228,7 @@ def test_options_are_those_of_a_run():
         (GOOD.replace("[token_prune]", "[{token_prune: {keep: []}}]"), 3, "token_prune.keep is a number", ""),
         (GOOD.replace("[token_prune]", "[{token_prune: '1,at=2'}]"), 3, "the parameters of token_prune are a", ""),
         (GOOD.replace("[token_prune]", "[3]"), 3, "methods[0] 3: a method is a spec", ""),
-        (GOOD.replace("[scenes]", "[scene]"), 3, "tasks[0]: unknown task 'scene'; did you mean scenes?", "flickr8k"),
+        (GOOD.replace("[scenes]", "[scene]"), 3, "tasks[0]: unknown task 'scene'; did you mean scenes", "flickr8k"),
         (GOOD.replace("[scenes]", "scenes"), 3, "tasks 'scenes': a list is needed", ""),
         (GOOD.replace("shipped:", "shiped:"), 3, "backbones[0]: unknown family of backbones 'shiped'", "openclip"),
         (GOOD.replace("scenes_vit", "x"), 3, "scenes on shipped:x: effbench ships no tower named 'x'", "scenes_vit"),

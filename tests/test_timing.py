@@ -323,7 +323,7 @@ def test_a_failed_arm_does_not_lend_the_others_their_last_times(monkeypatch):
         def batch(self, *_):
             return {}
 
-        def predict(self, model, batch):
+        def serve(self, model, batch):
             pass
 
     class Quiet:

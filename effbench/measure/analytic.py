@@ -79,7 +79,8 @@ def analytic_of(function: Callable[[], object], model: nn.Module, *, train: bool
     def counted(name: str, formula: Formula) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs = [*args, *(kwargs[key] for key in signature(module.forward).parameters if key in kwargs)]
-            for product in formula(module, [x for x in inputs if isinstance(x, Tensor)], output):
+            given = [x for x in inputs if isinstance(x, Tensor)] + [x for x in inputs if hasattr(x, "get_seq_length")]
+            for product in formula(module, given, output):
                 counts[name] += product.flops * (1 + train * sum(product.gradients))
 
         return hook

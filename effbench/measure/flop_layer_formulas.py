@@ -1,7 +1,8 @@
 """FLOPs of a layer from the shapes of its inputs and its configuration, for the analytic count.
 
-A formula takes the layer, its input tensors in the order of its forward's parameters and its output, and returns the
-products that it computes. Classes are looked up by name, so nothing is imported that a model does not use.
+A formula takes the layer, its inputs in the order of its forward's parameters (its tensors, and a cache of keys and
+values last), and its output, and returns the products that it computes. Classes are looked up by name, so nothing is
+imported that a model does not use.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Product(NamedTuple):
     gradients: tuple[bool, ...]
 
 
-Formula = Callable[[Any, list[Tensor], Any], list[Product]]
+Formula = Callable[[Any, list[Any], Any], list[Product]]
 
 
 def _linear(module: Any, inputs: list[Tensor], output: Any) -> list[Product]:
@@ -79,6 +80,61 @@ def _openclip_attention(module: Any, inputs: list[Tensor], output: Any) -> list[
     batch, tokens, width = inputs[0].shape
     trains = _trains(module, "in_proj_weight"), inputs[0].requires_grad
     return [Product(6 * batch * tokens * width**2, trains), *_products(batch * tokens**2, width, any(trains))]
+
+
+def _transformers_attention(module: Any, inputs: list[Any], output: Any) -> list[Product]:
+    """Attention in a model of transformers: the two products alone, all pairs, those that a causal mask hides too.
+
+    Each head of the queries has products of its own, however many share a key. x: (batch, tokens, width), or (tokens,
+    width) of several sequences behind one another with the place where each of them ends.
+    """
+    *batch, tokens, _ = inputs[0].shape
+    tensors, cache = ([x for x in inputs if isinstance(x, Tensor) == wanted] for wanted in (True, False))
+    ends = next((x for x in tensors[1:] if x.ndim == 1 and not x.is_floating_point()), None)
+    if batch or ends is None:
+        earlier = _keys_before(cache[0], module.layer_idx, tokens) if cache else 0
+        pairs = prod(batch) * tokens * (earlier + tokens)
+    else:
+        pairs = int(ends.diff().square().sum())
+    trains = inputs[0].requires_grad or any(
+        p.requires_grad for name, p in module.named_parameters() if name.partition(".")[0] not in OUTPUTS
+    )
+    heads, width = _heads(module)
+    return _products(pairs, heads * width, trains)
+
+
+def _keys_before(cache: Any, layer: int, tokens: int) -> int:
+    """Keys in a layer's cache that its last `tokens`, which are in it too by now, were added to."""
+    before = cache.get_seq_length(layer) - tokens
+    window = getattr(cache.layers[layer], "sliding_window", None)
+    return min(before, window - 1) if window else before
+
+
+OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "proj")  # what comes after attention's products
+HEADS = ("num_heads", "num_attention_heads")
+WIDTHS = ("head_dim", "head_size")
+
+
+def _heads(module: Any) -> tuple[int, int] | None:
+    """Number of heads of the queries and their width, as the classes of transformers name them; None where unknown."""
+    config = getattr(module, "config", None)
+    heads = next((getattr(at, name) for at in (module, config) for name in HEADS if hasattr(at, name)), None)
+    width = next((getattr(module, name) for name in WIDTHS if hasattr(module, name)), None)
+    return (heads, width) if isinstance(heads, int) and isinstance(width, int) else None
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    """An attention of transformers, of a decoder or of an image tower."""
+    kind = type(module)
+    named = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("Attention")
+    inner = any(type(part).__name__.endswith("Attention") for part in module.modules() if part is not module)
+    return named and not inner and _heads(module) is not None
+
+
+def _transposed_linear(module: Any, inputs: list[Any], output: Any) -> list[Product]:
+    """GPT-2's linear layer, whose weight is (in, out)."""
+    flops = 2 * inputs[0].numel() * module.weight.shape[1]
+    return [Product(flops, (_trains(module, "weight"), inputs[0].requires_grad))]
 
 
 def _latent_pooling(module: Any, inputs: list[Tensor], output: Any) -> list[Product]:
@@ -156,6 +212,7 @@ FORMULAS: dict[str, Formula] = {
     "open_clip.transformer.Attention": _openclip_attention,
     "open_clip.transformer.VisionTransformer": _openclip_projection,
     "open_clip.transformer.TextTransformer": _openclip_projection,
+    "transformers.Conv1D": _transposed_linear,
 }
 
 
@@ -165,7 +222,7 @@ def formula_of(module: nn.Module) -> Formula | None:
         for place in (kind.__module__, kind.__module__.partition(".")[0]):
             if (key := f"{place}.{kind.__name__}") in FORMULAS:
                 return FORMULAS[key]
-    return None
+    return _transformers_attention if _is_of_transformers(module) else None
 
 
 def speaks_for_its_parts(formula: Formula | None) -> bool:

@@ -17,7 +17,7 @@ class Split:
 
     Args:
         parts: modules by name, e.g. "image" and "text"; their forward passes are timed. A module may name its part
-            itself, step by step, with an attribute `part`.
+            itself, step by step, with an attribute `part`, and with `rest` what follows it until the next part begins.
         model: its modules that are a method's overhead (`is_overhead`) make the part "overhead"; not those within a
             compiled module, where a hook would break the graph: there they are part of the tower.
     """
@@ -36,10 +36,10 @@ class Split:
         self.open.append(name)
         self.marks.append((name, self.clock.mark()))
 
-    def leave(self) -> None:
-        """The innermost part ends, and the one around it goes on."""
+    def leave(self, rest: str = "head") -> None:
+        """The innermost part ends, and the one around it goes on; where there is none, `rest` begins."""
         self.open.pop()
-        self.marks.append((self.open[-1] if self.open else "head", self.clock.mark()))
+        self.marks.append((self.open[-1] if self.open else rest, self.clock.mark()))
 
     def __enter__(self) -> Split:
         self.marks, self.open = [], []
@@ -48,7 +48,9 @@ class Split:
             self.handles.append(
                 module.register_forward_pre_hook(lambda m, *_, name=name: self.enter(getattr(m, "part", name)))
             )
-            self.handles.append(module.register_forward_hook(lambda *_: self.leave(), always_call=True))
+            self.handles.append(
+                module.register_forward_hook(lambda m, *_: self.leave(getattr(m, "rest", "head")), always_call=True)
+            )
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -56,9 +58,10 @@ class Split:
             handle.remove()
 
     def seconds(self, total: float) -> dict[str, float]:
-        """Seconds by part of the step that took `total`; "head" is what is left, so that they add up."""
-        found: dict[str, float] = {}
+        """Seconds by part of the step that took `total`; what is left goes to what came last, so that they add up."""
+        found: dict[str, float] = {"head": 0.0}
         for (name, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
             found[name] = found.get(name, 0.0) + self.clock.between(start, end)
-        found["head"] = max(0.0, total - sum(spent for name, spent in found.items() if name != "head"))
+        last = self.marks[-1][0] if self.marks else "head"
+        found[last] = max(0.0, total - sum(spent for name, spent in found.items() if name != last))
         return found

@@ -45,10 +45,16 @@ class Backbone(ABC):
         image_size, mean, std: what the image tower expects.
         weights_id: "sha256:..." of the weights as loaded, or "random".
         has_text: the backbone brings its own text tower and tokenizer.
+        brings_weights: no file of weights is looked for.
+        writes: it is a whole vision-language model, with a `captioner` of its own in place of towers.
+        notes: what whoever reads its results should know.
     """
 
     family: ClassVar[str]
     has_text: ClassVar[bool] = False
+    brings_weights: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
+    notes: tuple[str, ...] = ()
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -64,11 +70,11 @@ class Backbone(ABC):
         if weights is not None and pretrained is not None:
             raise UsageError("--weights and --pretrained exclude each other", "give one of them")
         self.name = name
+        self.single_use = single_use
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # random weights are the same in every run
             self.reference = self._create(name, weights, pretrained, image_size)
         self.reference.requires_grad_(True).eval()
-        self._single_use = single_use
         #: arguments that make this backbone again in another process
         self.origin = dict(family=self.family, name=name, weights=weights, pretrained=pretrained, image_size=image_size)
         self.weights_id = "random" if weights == "random" else "sha256:" + digest(self.reference.state_dict())
@@ -77,7 +83,7 @@ class Backbone(ABC):
         return f"{self.family}:{self.name}"
 
     def _fresh(self) -> nn.Module:
-        return self.reference if self._single_use else copy.deepcopy(self.reference)
+        return self.reference if self.single_use else copy.deepcopy(self.reference)
 
     @abstractmethod
     def _create(self, name: str, weights: Path | str | None, pretrained: str | None, size: int | None) -> nn.Module:
@@ -144,6 +150,7 @@ class Shipped(Timm):
     """The small tower inside the package, trained on drawn scenes: shipped:scenes_vit."""
 
     family = "shipped"
+    brings_weights = True
 
     def _create(self, name, weights, pretrained, size):
         from safetensors import safe_open

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effbench.models.sequences import Layout, logits_in_rows
+
 if TYPE_CHECKING:
-    from effbench.models.sequences import Layout
     from effbench.records import Captioning
 
 IGNORE = -100  # a target that no token has to meet
@@ -39,17 +40,20 @@ class Language(nn.Module):
 
     Args:
         body: takes `inputs_embeds`, gives `last_hidden_state`; head: (..., width) -> (..., vocabulary).
+        grid: index of the first image token, rows and columns of image tokens, where the model counts their positions
+            in two dimensions (see `image_positions`); None where it counts all tokens in one.
 
     Attributes:
-        part: what a step's time counts as (see `effbench.measure.split.Split`).
+        part, rest: what the time of a step, and of what follows it, counts as (see `effbench.measure.split.Split`).
         span: of the padded sequences that a loss was last asked of; None of packed ones.
     """
 
-    def __init__(self, body: nn.Module, head: nn.Module) -> None:
+    def __init__(self, body: nn.Module, head: nn.Module, grid: tuple[int, int, int] | None = None) -> None:
         super().__init__()
         self.body = body
         self.head = head
-        self.part = "prefill"
+        self.grid = grid
+        self.part, self.rest = "prefill", "head"
         self.span: Span | None = None
 
     @property
@@ -68,6 +72,7 @@ class Language(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         take: Tensor | None = None,
+        image: bool = True,
     ) -> Tensor:
         """Logits of the tokens from `first` on, (batch, tokens - first, vocabulary).
 
@@ -77,7 +82,13 @@ class Language(nn.Module):
             mask: (batch, earlier and new tokens), 0 for padding; or (batch, 1, tokens, tokens), True where attended.
             positions: (batch, tokens); None counts from the tokens in the cache.
             take: (n,) indices into the flattened tokens; then only their logits, (n, vocabulary).
+            image: the sequences hold image tokens.
         """
+        if self.grid is not None and image:
+            if positions is None:
+                seen = 0 if cache is None else cache.get_seq_length()
+                positions = torch.arange(seen, seen + x.shape[1], device=x.device).expand(len(x), -1)
+            positions = image_positions(positions, *self.grid)
         hidden = self.body(
             inputs_embeds=x,
             attention_mask=mask,
@@ -86,6 +97,24 @@ class Language(nn.Module):
             use_cache=cache is not None,
         ).last_hidden_state
         return self.head(hidden[:, first:] if take is None else hidden.flatten(0, 1).index_select(0, take))
+
+
+def image_positions(positions: Tensor, first: int, rows: int, columns: int) -> Tensor:
+    """Positions of multimodal RoPE in time, height and width (Qwen2-VL, arXiv 2409.12191, 2.1), (3, batch, tokens).
+
+    An image is one moment; its tokens count rows and columns from where it begins, and the text goes on behind the
+    larger of both.
+
+    Args:
+        positions: (batch, tokens), counted in one dimension from the start of each sequence.
+        first: of the first image token.
+    """
+    tokens = rows * columns
+    place = positions - first
+    text = torch.where(place < tokens, positions, positions - tokens + max(rows, columns))
+    inside = (place >= 0) & (place < tokens)
+    there = [torch.zeros_like(place), place // columns, place % columns]
+    return torch.stack([torch.where(inside, first + along, text) for along in there])
 
 
 class PooledLinear(nn.Module):
@@ -124,6 +153,7 @@ class Captioner(nn.Module):
         before, after: ids of what stands around the image tokens; `after` ends with what a text begins with.
         end: id that ends a text.
         options: how it writes.
+        start: id before a text where there is no image; None for the last of `after`.
 
     Attributes:
         layout: how samples of a training batch are laid out in rows; None pads them.
@@ -138,12 +168,14 @@ class Captioner(nn.Module):
         after: Sequence[int],
         end: int,
         options: Captioning,
+        start: int | None = None,
     ) -> None:
         super().__init__()
         self.image_encoder = image_encoder
         self.connector = connector
         self.language = language
-        for name, ids in (("before", before), ("after", after)):
+        start = after[-1] if start is None else start
+        for name, ids in (("before", before), ("after", after), ("start", (start,))):
             self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
         self.end = end
         self.options = options
@@ -165,7 +197,7 @@ class Captioner(nn.Module):
 
     def starts(self, texts: int) -> Tensor:
         """What stands before a text where there is no image, embedded (texts, tokens, width)."""
-        return self.language.embed(self.after[-1:]).expand(texts, -1, -1)
+        return self.language.embed(self.start).expand(texts, -1, -1)
 
     def logits(self, prefix: Tensor, tokens: Tensor) -> Tensor:
         """What is predicted at each token of a text, (batch, tokens, vocabulary).
@@ -175,7 +207,8 @@ class Captioner(nn.Module):
         """
         words = self.language.embed(tokens[:, :-1]).to(prefix.dtype)
         self.language.part = "prefill"
-        return self.language(torch.cat([prefix, words], dim=1), first=prefix.shape[1] - 1)
+        image = prefix.shape[1] > len(self.before) + len(self.after)
+        return self.language(torch.cat([prefix, words], dim=1), first=prefix.shape[1] - 1, image=image)
 
     def loss(self, prefix: Tensor, tokens: Tensor, target: Tensor) -> Tensor:
         """Mean cross entropy over the tokens of a batch that are to be predicted.
@@ -186,7 +219,7 @@ class Captioner(nn.Module):
         """
         self.language.span = None
         if self.layout is not None:
-            logits, target = self.layout(self, prefix, tokens, target)
+            logits, target = logits_in_rows(self, self.layout, prefix, tokens, target)
         else:
             text = prefix.shape[1] - 1
             around = len(self.before), prefix.shape[1] - len(self.after)

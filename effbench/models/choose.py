@@ -50,7 +50,7 @@ def choose(
                 "write FAMILY:NAME, e.g. timm:deit_tiny_patch16_224; see effbench list backbones",
             )
         kind = backbones.get(family)
-        if weights is None and pretrained is None and family != "shipped":
+        if weights is None and pretrained is None and not kind.brings_weights:
             weights = next((path for path in _stored() if path.stem == name), None)
         if pretrained is None:
             return kind(name, weights, **options), []
@@ -129,13 +129,17 @@ def reachable(timeout: float = 3.0) -> bool:
 
 
 @contextmanager
-def hub() -> Iterator[None]:
-    """Where the hub does not answer, its client reads its cache alone, at once."""
+def hub(local: bool = False) -> Iterator[None]:
+    """Where the hub does not answer, its client reads its cache alone, at once.
+
+    Args:
+        local: the hub is not wanted.
+    """
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
     try:
-        constants.HF_HUB_OFFLINE = before or not reachable()
+        constants.HF_HUB_OFFLINE = before or local or not reachable()
         yield
     finally:
         constants.HF_HUB_OFFLINE = before

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from effbench.errors import UsageError
 
 if TYPE_CHECKING:
     from effbench.models.captioner import Language
+
+See = Callable[[int, Tensor], object]
 
 
 class Decoder:
@@ -58,76 +61,85 @@ class Decoder:
         if not wanted:
             raise UsageError(f"no layer of {self.name} would be left", "remove fewer")
         if wanted[0] < 0 or wanted[-1] >= len(self):
+            missing = wanted[0] if wanted[0] < 0 else wanted[-1]
             raise UsageError(
-                f"layer {wanted[-1]} does not exist: {self.name} has layers 0 to {len(self) - 1}", "choose other layers"
+                f"layer {missing} does not exist: {self.name} has layers 0 to {len(self) - 1}", "choose other layers"
             )
         layers = [self.blocks[index] for index in wanted]
+        kinds = {name: [each[index] for index in wanted] for name, each in self._kinds().items()}
         del self.blocks[:]
         self.blocks.extend(layers)
         self.config.num_hidden_layers = len(layers)
-        if getattr(self.config, "layer_types", None):
-            self.config.layer_types = [self.config.layer_types[index] for index in wanted]
+        for name, left in kinds.items():
+            setattr(self.config, name, left)
         for index, layer in enumerate(layers):
             for part in layer.modules():
                 if hasattr(part, "layer_idx"):
                     part.layer_idx = index
 
+    def _kinds(self) -> dict[str, list[str]]:
+        """What the configuration says of each layer, by name: the kind of its attention, of its MLP."""
+        held = {name: getattr(self.config, name, None) for name in ("layer_types", "mlp_layer_types")}
+        return {name: list(each) for name, each in held.items() if each}
+
     @contextmanager
-    def seeing(self, see: Any) -> Iterator[None]:
+    def seeing(self, see: See) -> Iterator[None]:
         """While it lasts, `see(depth, tokens)` is shown the states (batch, tokens, width) before the first layer (depth
-        0) and behind each layer (depth 1 to the number of layers)."""
+        0) and behind each layer (depth 1 to the number of layers). What it returns is not looked at."""
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(0, args[0] if args else kwargs["hidden_states"])
+
+        def behind(depth: int, _: nn.Module, __: Any, out: Any) -> None:
+            see(depth, out if isinstance(out, Tensor) else out[0])
+
         with ExitStack() as undo:
-            first = self.blocks[0].register_forward_pre_hook(
-                lambda _, args, kwargs: see(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-            )
-            undo.callback(first.remove)
+            undo.callback(self.blocks[0].register_forward_pre_hook(before, with_kwargs=True).remove)
             for index, block in enumerate(self.blocks):
-                hook = block.register_forward_hook(
-                    lambda _, __, out, index=index: see(index + 1, out if isinstance(out, Tensor) else out[0])
-                )
-                undo.callback(hook.remove)
+                undo.callback(block.register_forward_hook(partial(behind, index + 1)).remove)
             yield
 
     @contextmanager
-    def showing_attention(self, see: Any) -> Iterator[None]:
+    def showing_attention(self, see: See) -> Iterator[None]:
         """While it lasts, `see(layer, attention)` is shown each layer's attention (batch, heads, queries, keys).
 
         Raises:
             UsageError: the library's attention of this model cannot give it.
         """
-        before = self.config._attn_implementation
-        try:
-            self.module.set_attn_implementation("eager")
-        except (ValueError, AttributeError) as error:
-            raise self._no_attention() from error
-        seen = []
+        parts = [_attention(block) for block in self.blocks]
+        if None in parts:
+            raise self._no_attention()
 
-        def shown(index: int, out: Any) -> None:
+        def shown(index: int, _: nn.Module, __: Any, out: Any) -> None:
             weights = out[1] if isinstance(out, tuple) and len(out) > 1 else None
             if not isinstance(weights, Tensor) or weights.ndim != 4:
                 raise self._no_attention()
-            seen.append(index)
             see(index, weights)
 
-        try:
-            with ExitStack() as undo:
-                for index, block in enumerate(self.blocks):
-                    attention = next(
-                        (m for name, m in block.named_children() if "attn" in name or "attention" in name), None
-                    )
-                    if attention is None:
-                        raise self._no_attention()
-                    hook = attention.register_forward_hook(lambda _, __, out, index=index: shown(index, out))
-                    undo.callback(hook.remove)
-                yield
-        finally:
-            self.module.set_attn_implementation(before)
+        before = self.config._attn_implementation
+        with ExitStack() as undo:
+            if before != "eager":  # the one that computes the whole matrix
+                undo.callback(self.module.set_attn_implementation, before)
+                try:
+                    self.module.set_attn_implementation("eager")
+                except (ValueError, AttributeError) as error:
+                    raise self._no_attention() from error
+                if self.config._attn_implementation != "eager":  # the library only warns
+                    raise self._no_attention()
+            for index, attention in enumerate(parts):
+                undo.callback(attention.register_forward_hook(partial(shown, index)).remove)
+            yield
 
     def _no_attention(self) -> UsageError:
         return UsageError(
             f"{self.name} cannot give the rows of its attention, which this choice of layers looks at",
             "choose layers by another criterion, e.g. by=block_influence",
         )
+
+
+def _attention(block: nn.Module) -> nn.Module | None:
+    """The self-attention of a layer: what the library calls attn, self_attn, attention or self_attention."""
+    return next((part for name, part in block.named_children() if name.endswith(("attn", "attention"))), None)
 
 
 def layers_of(body: nn.Module) -> nn.ModuleList:

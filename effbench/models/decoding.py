@@ -30,25 +30,25 @@ def generate(
         beams: 1 is greedy; else the best of so many beams by mean log-probability per token.
         exactly: write all of `most` tokens, whatever they are: equal work for every model (end is a token as any).
         mask: (batch, tokens), 0 for padding at the front; None where there is none.
-        cached: False computes the whole sequence anew for every token; for comparison only, greedy.
+        cached: False computes the whole sequence anew for every token; for comparison only, greedy and without mask.
 
     Returns:
         ids (batch, most), and the bytes of the cache when the last token was written.
     """
     if not cached:
         return _uncached(language, prefix, most, end, exactly), 0
-    cache = _cache(language)
+    cache = new_cache(language)
     positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp(min=0)
-    language.part = "prefill"
+    language.part, language.rest = "prefill", "head"
     logits = language(prefix, prefix.shape[1] - 1, cache, mask, positions)[:, -1]
-    language.part = "decode"
+    language.part = language.rest = "decode"  # from the second token on, choosing them included
     write = _greedy if beams == 1 else _beams
     ids = write(language, logits, cache, mask, most, end, exactly, beams)
-    language.part = "prefill"
+    language.part, language.rest = "prefill", "head"
     return ids, cache_bytes(cache)
 
 
-def _cache(language: Language) -> Any:
+def new_cache(language: Language) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=language.body.config)
@@ -89,23 +89,24 @@ def _greedy(
 def _beams(
     language: Language, logits: Tensor, cache: Any, mask: Tensor | None, most: int, end: int, exactly: bool, beams: int
 ) -> Tensor:
-    """The `beams` best unfinished texts go on; the best finished one by mean log-probability is returned."""
+    """The best ended text by mean log-probability; of the `beams` best so far, those that have not ended go on.
+
+    Fewer are kept while there are not so many.
+    """
     batch, words = logits.shape
-    beams = min(beams, words)
-    scores, ids = logits.log_softmax(dim=-1).topk(beams, dim=-1)  # (batch, beams)
-    cache.batch_repeat_interleave(beams)
-    mask = None if mask is None else mask.repeat_interleave(beams, dim=0)
-    text = ids[:, :, None]  # (batch, beams, written)
+    scores, ids = logits.log_softmax(dim=-1).topk(min(beams, words), dim=-1)  # (batch, kept)
+    cache.batch_repeat_interleave(ids.shape[1])
+    text = ids[:, :, None]  # (batch, kept, written)
     best = torch.full((batch,), float("-inf"), device=logits.device)
     out = torch.full((batch, most), end, device=logits.device)
-    base = torch.arange(0, batch * beams, beams, device=logits.device)[:, None]
+    rows = torch.arange(batch, device=logits.device)
     for written in range(1, most + 1):
         mean = scores / written
         final = torch.ones_like(ids, dtype=torch.bool) if written == most else ids == end
         if not exactly or written == most:
             value, which = mean.masked_fill(~final, float("-inf")).max(dim=1)
             better = value > best
-            found = text[torch.arange(batch), which]
+            found = text[rows, which]
             out[:, :written] = torch.where(better[:, None], found, out[:, :written])
             out[:, written:] = torch.where(better[:, None], end, out[:, written:])
             best = torch.where(better, value, best)
@@ -116,11 +117,13 @@ def _beams(
                 break
         if written == most:
             break
-        step = _step(language, ids.flatten(), cache, mask, written - 1).log_softmax(dim=-1)
-        total = (scores[:, :, None] + step.view(batch, beams, words)).flatten(1)
-        scores, flat = total.topk(beams, dim=-1)
+        kept = ids.shape[1]
+        padding = None if mask is None else mask.repeat_interleave(kept, dim=0)
+        step = _step(language, ids.flatten(), cache, padding, written - 1).log_softmax(dim=-1)
+        total = (scores[:, :, None] + step.view(batch, kept, words)).flatten(1)
+        scores, flat = total.topk(min(beams, kept * words), dim=-1)
         origin, ids = flat // words, flat % words
-        cache.reorder_cache((base + origin).flatten())
+        cache.reorder_cache((rows[:, None] * kept + origin).flatten())
         text = torch.cat([text.gather(1, origin[:, :, None].expand(-1, -1, written)), ids[:, :, None]], dim=2)
     return out
 

@@ -8,7 +8,7 @@ attention and MLP, where no library hook reaches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -244,7 +244,9 @@ class ModelView:
     """A model as methods see it. `model` is the library's own object, edited in place.
 
     `image`, `text` and `decoder` are None where the model has none or where its library is not known to effbench;
-    `connector` is what a captioner has between its image tower and its decoder.
+    `connector` is what a captioner has between its image tower and its decoder. `trained` names the parameters that
+    training changed, as the state_dict does; None where that is not known, or nothing was trained. `left` is what the
+    training model's state_dict had of edits that testing lacks.
     """
 
     model: nn.Module
@@ -252,6 +254,8 @@ class ModelView:
     text: Tower | None
     decoder: Decoder | None = None
     connector: nn.Module | None = None
+    trained: frozenset[str] | None = None
+    left: dict[str, Tensor] = field(default_factory=dict)
 
 
 def image_tower(model: ModelView, method: str) -> Tower:

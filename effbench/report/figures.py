@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from effbench.records import (
     Arm,
@@ -215,6 +216,16 @@ def gflops(flops: Flops | None) -> str:
     return f"{'' if flops.complete else '≥ '}{number(flops.dense / 1e9)}{own}{other}"
 
 
+def thousandths(seconds: float | None) -> str:
+    """Milliseconds of seconds."""
+    return NONE if seconds is None else number(1000 * seconds)
+
+
+def billions(flops: int | None) -> str:
+    """GFLOPs of a count."""
+    return number(flops / 1e9) if flops else NONE
+
+
 def mebibytes(count: int | None) -> str:
     return number(count / 2**20) if count else NONE
 
@@ -236,9 +247,25 @@ def metric(value: MetricValue | None, interval: bool = False) -> str:
     return f"{value.value:.{digits(value)}f}{bounds(value, digits=digits(value)) if interval else ''}"
 
 
+def sure(name: str, primary: str) -> bool:
+    """Whether a metric is shown with its interval: what is judged by, and a change, which may be none."""
+    return name == primary or name.endswith("_change")
+
+
 def digits(value: MetricValue) -> int:
     """Decimals that a metric is shown with."""
-    return 1 if value.unit in ("%", "rank") or abs(value.value) >= 10 else 3
+    per_cent = value.unit in ("%", "rank") or (value.higher_is_better and (value.ceiling or 0) >= 100)
+    return 1 if per_cent or abs(value.value) >= 10 else 3
+
+
+def metric_names(record: Record, arms: Iterable[Arm]) -> list[str]:
+    """The metrics of a record in the task's order, those that not every machine can compute too; the primary one first.
+
+    Args:
+        arms: those that are shown.
+    """
+    most = max((list(arm.metrics) for arm in arms), key=len, default=[])
+    return list(dict.fromkeys([record.primary_metric, *most, *record.envelope.metrics]))
 
 
 def per_image(arm: Arm) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 
 from effbench import store
 from effbench.errors import EffbenchError
-from effbench.records import Arm, Envelope, Record
-from effbench.report import equal_budget, figures, tables
+from effbench.records import Arm, Envelope, Protocol, Record
+from effbench.report import answers, equal_budget, figures, tables
 from effbench.report.legend import INTRODUCTION
 from effbench.report.markdown import code, escape
 from effbench.report.tables import Row
@@ -110,6 +110,8 @@ def _section(digest: str, records: list[Record], differing: list[str]) -> str:
             parts.append(equal_budget.section(rows))
         parts.append(_titled("Stacks", tables.stacks(rows, newest.primary_metric)))
         origin = _folded if len(shown) > LONG else _titled
+        parts.append(origin(_writing(newest), tables.writing(shown)))
+        parts.append(_folded("What the arms write", answers.written(rows)))
         parts.append(origin("Where the speed-up comes from", tables.origin(shown)))
         parts.append(origin("What training costs, and when it pays back", tables.economics(shown)))
         parts += [_folded(title, make(rows)) for title, make in FOLDED.items()]
@@ -119,6 +121,14 @@ def _section(digest: str, records: list[Record], differing: list[str]) -> str:
         listed = (f"- `{each.id}`: {escape(each.why_invalid) or 'no reason given'}" for each in invalid)
         parts.append("**Invalid runs, not ranked**\n\n" + "\n".join(listed))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _writing(record: Record) -> str:
+    """The title over how text is written."""
+    found = [each.tokens for arm in record.arms for each in arm.decoding]
+    options = record.envelope.protocol.captioning
+    beams = f" by a search of {options.beams} beams" if options and options.beams > 1 else ""
+    return f"Writing {_plural(max(found, default=0), 'token')}{beams}"
 
 
 FOLDED = {
@@ -164,11 +174,22 @@ def _conditions(envelope: Envelope) -> str:
     images = envelope.images.get(envelope.split, 0)
     captions = envelope.captions.get(envelope.split, 0)
     return (
-        f"{trained}{protocol.image_size} px, {protocol.head} head, {_plural(len(protocol.seeds), 'seed')}, "
+        f"{trained}{protocol.image_size} px, {_model(protocol)}, {_plural(len(protocol.seeds), 'seed')}, "
         f"{protocol.precision}, {_plural(protocol.threads, 'thread')} on {escape(protocol.device)} "
         f"({escape(envelope.device_model)}); timed in pairs of {protocol.timing_batch} images; "
         f"{escape(envelope.split)} split: {images:,} images, {captions:,} captions."
     )
+
+
+def _model(protocol: Protocol) -> str:
+    """What stands on the towers: a head, or a language model and how much it is given and writes."""
+    options = protocol.captioning
+    if options is None:
+        return f"{protocol.head} head"
+    size = f" ({options.layers} layers, width {options.width})" if options.decoder == "tiny" else ""
+    base = f"stages before: {', '.join(options.stages) or 'none'}"
+    search = "greedy" if options.beams == 1 else f"{options.beams} beams"
+    return f"decoder {escape(options.decoder)}{size}, {options.image_tokens or 'all'} image tokens, {base}, {search}"
 
 
 def _plural(count: int, word: str) -> str:

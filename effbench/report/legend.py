@@ -25,6 +25,15 @@ Written by `effbench leaderboard` from the records in [records](records); do not
   [5 %, 95 %] of images at batch 1; in a batch all are padded to the longest.
 - Time of a step: mean of the middle half of the timed steps; compute alone but for data wait and transfer. Memory:
   growth of the process above what its libraries take, and the tensors in it.
+- Writing: every arm writes as many tokens, whatever they are. First token: image tower, connector, prefill (the decoder
+  reads image and question) and choosing it, up to where the second one begins; further tokens: a pass of the decoder
+  each, and choosing them. A step is the time to the first token and that of each further one. Per second: of all texts
+  together. A beam search's tokens are those of the texts that it ends with, not of all its beams. KV cache: keys and
+  values of all texts when the last token is written. GFLOPs are of one text, with the pairs that a causal mask hides.
+  Small products wait for memory and for calls more than for arithmetic: removing layers may realise over 100 %.
+- Captions: cider (CIDEr-D), bleu4, rouge_l, meteor and spice by pycocoevalcap's definitions, times 100; document
+  frequencies are those of the whole split's references. meteor and spice stand only where Java was there, and not for
+  drawn data; rows with and without them are ranked together.
 - Agrees in t2i_top1: share of the captions for which the arm ranks the same image first as the baseline;
   t2i_overlap10: share of the ten best that both have in common; i2t: of images and their captions. Image cosine, text
   cosine: of the arm's embeddings with the baseline's, mean over images and captions; only of arms that use the

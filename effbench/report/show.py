@@ -11,7 +11,7 @@ from rich.text import Text
 
 from effbench import parity, store
 from effbench.records import Arm, Record, Versus
-from effbench.report import equal_budget, figures, training_costs
+from effbench.report import answers, equal_budget, figures, training_costs
 from effbench.report.markdown import clean
 
 VERDICT_STYLES = {"FASTER": "green", "SLOWER": "red", "AMBIGUOUS": "yellow", "TOO FEW SAMPLES": "yellow"}
@@ -44,10 +44,15 @@ def print_record(record: Record, console: Console) -> None:
     console.print(_cost(arms))
     if any(arm.step_time for arm in arms):
         console.print(_time(arms, protocol.timing_batch))
+    if any(arm.decoding for arm in arms):
+        console.print(_writing(arms, record))
     shown = 8 if console.width >= WIDE else MAX_METRICS
     console.print(_quality(arms, record, shown))
-    if len(record.envelope.metrics) > shown:
-        console.print(Text(f"{len(record.envelope.metrics) - shown} more metrics are on the page", style="dim"))
+    hidden_metrics = len(figures.metric_names(record, arms)) - shown
+    if hidden_metrics > 0:
+        more = "1 more metric is" if hidden_metrics == 1 else f"{hidden_metrics} more metrics are"
+        console.print(Text(f"{more} on the page", style="dim"))
+    console.print(answers.lines(record.baseline()))
     if training_costs.any_own(arms):
         console.print(_training(arms, record))
     controls = equal_budget.controls_of(arms)
@@ -144,8 +149,11 @@ def _cost(arms: list[Arm]) -> Table:
 
 def _time(arms: list[Arm], batch: int) -> Table:
     """Milliseconds of a timed step by what they went to; latency and throughput; end to end and the ceiling."""
-    parts = ("compute", "image", "text", "overhead", "head")
-    columns = ["step\nms", "image\nms", "text\nms", "method\nms", "head\nms", "1 image\nms", "images/s"]
+    named = dict(compute="step", image="image", text="text", connector="connect", prefill="prefill", decode="decode")
+    named |= dict(overhead="method", head="head")
+    spent = {part for part in named for arm in arms if arm.step_time and getattr(arm.step_time, part)}
+    parts = [part for part in named if part in spent]
+    columns = [f"{named[part]}\nms" for part in parts] + ["1 image\nms", "images/s"]
     columns += ["end to\nend", "Amdahl\nceiling", "pays from\nbatch"]
 
     def cells(arm: Arm) -> list[str | Text]:
@@ -165,6 +173,33 @@ def _time(arms: list[Arm], batch: int) -> Table:
     return _fill(_table(title, columns), arms, cells)
 
 
+def _writing(arms: list[Arm], record: Record) -> Table:
+    """First token and further ones at the main batch size: time, cache and FLOPs."""
+    most = max(each.batch for arm in arms for each in arm.decoding)
+    batch = min(record.envelope.protocol.timing_batch, most)
+    columns = ["first\ntoken ms", "speed-up", "further\nms each", "speed-up", "further\ntokens/s", "KV cache\nMiB"]
+    columns += ["prefix\ntokens", "prefill\nGFLOPs", "further\nGFLOPs"]
+
+    def cells(arm: Arm) -> list[str | Text]:
+        found = next((each for each in arm.decoding if each.batch == batch), None)
+        if found is None:
+            return [figures.NONE] * len(columns)
+        return [
+            figures.thousandths(found.first_token),
+            figures.ratio(found.first_token_speedup).replace(" [", "\n["),
+            figures.thousandths(found.per_token),
+            figures.ratio(found.per_token_speedup).replace(" [", "\n["),
+            figures.number(found.tokens_per_second) if found.tokens_per_second else figures.NONE,
+            figures.mebibytes(found.cache_bytes),
+            str(found.prefix),
+            figures.billions(found.prefill_flops),
+            figures.billions(found.decode_flops),
+        ]
+
+    tokens = max(each.tokens for arm in arms for each in arm.decoding)
+    return _fill(_table(f"Writing {tokens} tokens of each of {batch} texts", columns), arms, cells)
+
+
 def _speed(arm: Arm) -> Text:
     if arm.status != "ok":
         return Text(arm.status, style="red")
@@ -179,12 +214,11 @@ def _speed(arm: Arm) -> Text:
 def _quality(arms: list[Arm], record: Record, most: int) -> Table:
     primary = record.primary_metric
     units = {name: value.unit for arm in arms for name, value in arm.metrics.items()}
-    # the primary one first, shares before ranks
-    names = sorted(record.envelope.metrics, key=lambda name: (name != primary, units.get(name) != "%"))[:most]
+    names = sorted(figures.metric_names(record, arms), key=lambda name: units.get(name) == "rank")[:most]  # ranks last
     headings = [clean(figures.heading(record, name)).replace(" ", "\n", 1) for name in names]
 
     def cells(arm: Arm) -> list[str | Text]:
-        values = [figures.metric(arm.metrics.get(name), interval=name == primary) for name in names]
+        values = [figures.metric(arm.metrics.get(name), interval=figures.sure(name, primary)) for name in names]
         values.insert(0, figures.lossiness(arm.metrics.get(primary)))
         return [Text(clean(value).replace(" [", "\n[")) for value in values]
 
@@ -194,7 +228,7 @@ def _quality(arms: list[Arm], record: Record, most: int) -> Table:
 def _training(arms: list[Arm], record: Record) -> Table:
     """What training cost and when it pays back, of the baseline and the arms that train weights of their own."""
     own = [arm for arm in arms if arm.economics and (arm.kind != "control" or figures.apart(arm))]
-    primary = clean(record.primary_metric)
+    primary = clean(training_costs.metric(record.baseline().economics, record))
     columns = ["best\ndev", "s to\ntarget", "speed-up\nto target", "TFLOPs\nto target", "tuning\ns"]
     columns += ["tuning\nTFLOPs", "saved per\nquery ms", "break-even\nqueries"]
 

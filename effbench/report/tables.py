@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from effbench import parity
-from effbench.records import Arm, Record
+from effbench.records import Arm, Decoding, Record
 from effbench.report import figures, training_costs
 from effbench.report.markdown import escape, table
 
@@ -31,7 +31,11 @@ def name(row: Row) -> str:
 
 def _table(rows: list[Row], header: list[str], cells: Callable[[Row], list[str]]) -> str:
     """A table with a row per arm; columns that are empty throughout are left out, and a table without any too."""
-    body = [cells(row) for row in rows]
+    return _lines(rows, header, [cells(row) for row in rows])
+
+
+def _lines(rows: list[Row], header: list[str], body: list[list[str]]) -> str:
+    """A table of lines that each begin with an arm."""
     used = [i for i in range(len(header)) if any(row[i] != NONE for row in body)]
     if not used:
         return ""
@@ -70,7 +74,7 @@ def cost(rows: list[Row]) -> str:
 
 def quality(rows: list[Row], record: Record) -> str:
     primary = record.primary_metric
-    names = [primary, *(each for each in record.envelope.metrics if each != primary)][:MAX_METRICS]
+    names = figures.metric_names(record, (row.arm for row in rows))[:MAX_METRICS]
     shared = list(dict.fromkeys(each for row in rows for each in row.arm.agreement))
     header = [f"lossy-ness of {escape(primary)}", "no loss?"]
     header += [escape(figures.heading(record, each)) for each in names]
@@ -78,7 +82,7 @@ def quality(rows: list[Row], record: Record) -> str:
 
     def cells(row: Row) -> list[str]:
         found = row.arm.metrics
-        values = [figures.metric(found.get(each), interval=each == primary) for each in names]
+        values = [figures.metric(found.get(each), interval=figures.sure(each, primary)) for each in names]
         agreement = [figures.agreement(row.arm, each) for each in shared]
         claim = figures.no_loss(found.get(primary))
         loss = f"n/a ({row.arm.no_quality})" if row.arm.no_quality else figures.lossiness(found.get(primary))
@@ -149,11 +153,34 @@ def batches(rows: list[Row]) -> str:
     return _table(rows, header, cells)
 
 
+def writing(rows: list[Row]) -> str:
+    """First token and further ones: time, cache and FLOPs; a line per batch size and arm."""
+    header = ["texts", "tokens before the text", "first token ms", "first token speed-up", "ms per further token"]
+    header += ["further tokens speed-up", "further tokens/s", "KV cache MiB", "GFLOPs to first token", "of it prefill"]
+    header += ["GFLOPs of further tokens"]
+
+    def cells(found: Decoding) -> list[str]:
+        return [
+            str(found.batch),
+            NONE if found.prefix is None else str(found.prefix),
+            figures.thousandths(found.first_token),
+            figures.ratio(found.first_token_speedup),
+            figures.thousandths(found.per_token),
+            figures.ratio(found.per_token_speedup),
+            figures.number(found.tokens_per_second) if found.tokens_per_second else NONE,
+            figures.mebibytes(found.cache_bytes),
+            *(figures.billions(n) for n in (found.first_token_flops, found.prefill_flops, found.decode_flops)),
+        ]
+
+    found = sorted(((each, row) for row in rows for each in row.arm.decoding), key=lambda pair: pair[0].batch)
+    return _lines([row for _, row in found], header, [cells(each) for each, _ in found])
+
+
 def step(rows: list[Row]) -> str:
     """Milliseconds of a timed test step, by what they were spent on; means of the middle half of the steps."""
-    parts = ["compute", "image", "text", "overhead", "head", "data_wait", "transfer"]
-    header = ["step ms", "image tower ms", "text tower ms", "method overhead ms", "head ms", "data wait ms"]
-    header += ["transfer ms", "first step ms", "joules per step"]
+    parts = ["compute", "image", "text", "connector", "prefill", "decode", "overhead", "head", "data_wait", "transfer"]
+    header = ["step ms", "image tower ms", "text tower ms", "connector ms", "prefill ms", "decode ms"]
+    header += ["method overhead ms", "head ms", "data wait ms", "transfer ms", "first step ms", "joules per step"]
 
     def cells(row: Row) -> list[str]:
         time, energy = row.arm.step_time, row.arm.energy
@@ -170,9 +197,10 @@ def step(rows: list[Row]) -> str:
 def training(rows: list[Row]) -> str:
     """Seconds of the whole training, by what they were spent on."""
     parts = ["data_wait", "transfer", "settle", "features"]
-    parts += ["image", "text", "overhead", "head", "backward", "optimiser"]
+    parts += ["image", "text", "connector", "prefill", "decode", "overhead", "head", "backward", "optimiser"]
     header = ["total s", "data wait", "transfer", "of it choosing layers", "of it feature pass"]
-    header += ["image tower", "text tower", "method overhead", "head", "backward", "optimiser"]
+    header += ["image tower", "text tower", "connector", "language model", "decode"]  # which a training never does
+    header += ["method overhead", "head", "backward", "optimiser"]
     header += ["first step", "steps", "GFLOPs per pair", "trained params M"]
 
     def cells(row: Row) -> list[str]:
@@ -194,7 +222,8 @@ def economics(rows: list[Row]) -> str:
     """Time and FLOPs to a quality, and when they pay back; nothing where no method trains of its own."""
     if not training_costs.any_own(row.arm for row in rows):
         return ""
-    primary = escape(figures.heading(rows[0].record, rows[0].record.primary_metric))
+    first = rows[0].record
+    primary = escape(figures.heading(first, training_costs.metric(first.baseline().economics, first)))
     share = training_costs.share(row.arm for row in rows)
     header = [f"best dev {primary}", f"target ({share} of the baseline's best)", "s to target", "speed-up to target"]
     header += ["TFLOPs to target", "tuning s", "tuning TFLOPs", "saved per query ms", "break-even queries", "note"]

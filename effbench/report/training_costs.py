@@ -16,11 +16,17 @@ def any_own(arms: Iterable[Arm]) -> bool:
     return any(arm.economics and arm.kind == "method" for arm in arms)
 
 
+def metric(found: Economics | None, record: Record) -> str:
+    """Name of the metric that is looked at on dev."""
+    return (found and found.metric) or record.primary_metric
+
+
 def quality(found: Economics | None, value: float | None, record: Record) -> str:
     """A value of the primary metric on dev."""
     if found is None or value is None:
         return NONE
-    known = next((arm.metrics[record.primary_metric] for arm in record.arms if record.primary_metric in arm.metrics), 0)
+    name = metric(found, record)
+    known = next((arm.metrics[name] for arm in record.arms if name in arm.metrics), None)
     return figures.metric(known.model_copy(update=dict(value=value))) if known else figures.number(value)
 
 

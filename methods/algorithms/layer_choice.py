@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-PLACES = ("uniform", "full", "top", "middle", "bottom", "hybrid")
+PLACES = ("uniform", "full", "top", "mid_top", "middle", "mid_bottom", "bottom", "hybrid")
 
 
 def by_place(strategy: str, layers: int, k: int) -> tuple[int, ...]:
@@ -13,7 +13,8 @@ def by_place(strategy: str, layers: int, k: int) -> tuple[int, ...]:
     uniform: spread evenly over every second layer, the first and the last of these included; over all layers where
     every second is not enough. arXiv 2412.12785 gives its choice of 8 of 32 layers (0 4 8 12 18 22 26 30) and no rule;
     this is a rule that yields it. One layer is the first.
-    top, middle, bottom: consecutive layers. full: all of them, whatever k.
+    top, middle, bottom: consecutive layers. mid_bottom, mid_top: consecutive too, from a quarter and from half of the
+    depth on (of 32 layers the 8 from 8 and from 16), or the last k where fewer are left. full: all of them, whatever k.
     hybrid: the lower half of the k (one more if k is odd) are the first layers, the upper half the last ones. The name
     is the paper's; the definition is effbench's own.
 
@@ -32,8 +33,9 @@ def by_place(strategy: str, layers: int, k: int) -> tuple[int, ...]:
             return tuple(range(layers))
         case "top":
             return tuple(range(layers - k, layers))
-        case "middle":
-            first = (layers - k) // 2
+        case "middle" | "mid_bottom" | "mid_top":
+            first = {"middle": (layers - k) // 2, "mid_bottom": layers // 4, "mid_top": layers // 2}[strategy]
+            first = min(first, layers - k)
             return tuple(range(first, first + k))
         case "bottom":
             return tuple(range(k))

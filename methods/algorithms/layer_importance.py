@@ -93,8 +93,22 @@ def _decoder_states(decoder: Decoder, model: nn.Module, calibration: Calibration
     def shown(depth: int, tokens: Tensor) -> None:
         see(depth, tokens, decoder.language.span.ends)
 
-    with evaluating(model), decoder.seeing(shown):
+    with unpacked(model), decoder.seeing(shown):
         calibration.run(model, images)
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """A captioner in evaluation mode, with each text in a row of its own: then its spans say where things stand."""
+    layout = getattr(model, "layout", None)
+    try:
+        if layout is not None:
+            model.layout = None
+        with evaluating(model):
+            yield
+    finally:
+        if layout is not None:
+            model.layout = layout
 
 
 def block_influence(tower: Tower, model: nn.Module, calibration: CalibrationSet, images: int) -> Tensor:

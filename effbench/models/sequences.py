@@ -1,0 +1,93 @@
+"""How the samples of a training batch lie in rows of tokens: a method says it, the captioner's loss carries it out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from effbench.models.captioner import Captioner
+
+
+class Rows(NamedTuple):
+    """Rows of tokens, each with one sample or several behind one another.
+
+    Args:
+        sample: (rows, tokens), which sample of the batch stands at each place.
+        position: (rows, tokens), which of its tokens that is; both are 0 where none stands, at a row's end.
+        held: (samples,) which samples these rows hold; first: (samples,) at which place, flattened, each begins.
+        packed: whether a row may hold more than one sample. If so, positions restart with every sample and no token
+            sees another sample; if not, the plain causal order does.
+    """
+
+    sample: np.ndarray
+    position: np.ndarray
+    held: np.ndarray
+    first: np.ndarray
+    packed: bool
+
+
+class Layout(nn.Module):
+    """What a method puts into a captioner to say how the samples of each training batch lie in rows. It is overhead.
+
+    Class attributes:
+        name: the method's name, for messages.
+    """
+
+    is_overhead: ClassVar[bool] = True
+    name: ClassVar[str] = "a method"
+
+    def forward(self, lengths: np.ndarray) -> list[Rows]:
+        """Lay out one batch.
+
+        Args:
+            lengths: (batch,) tokens of each sample, those of its image included.
+
+        Returns:
+            groups of rows, each of which the language model runs on its own.
+        """
+        raise NotImplementedError
+
+
+def logits_in_rows(
+    model: Captioner, layout: Layout, prefix: Tensor, tokens: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What is predicted wherever something is to be predicted, and nowhere else.
+
+    A sample is its prefix and its text up to the last token that is predicted from. The lengths decide the shapes, so a
+    GPU waits for them once.
+
+    Args:
+        prefix: everything before the text, embedded (batch, tokens, width); tokens: ids (batch, text).
+        target: the same with IGNORE where nothing is to be predicted.
+
+    Returns:
+        logits (n, vocabulary) and what they are to predict (n,).
+    """
+    predicted = (target >= 0).cpu().numpy()  # IGNORE is below
+    place = np.arange(1, predicted.shape[1] + 1)
+    lengths = prefix.shape[1] - 1 + np.maximum(1, (predicted * place).max(axis=1))
+    words = model.language.embed(tokens[:, :-1]).to(prefix.dtype)
+    padded = torch.cat([prefix, words], dim=1)
+    longest, flat = padded.shape[1], padded.flatten(0, 1)
+    logits, wanted = [], []
+    model.language.part = "prefill"
+    for rows in layout(lengths):
+        sample, text = predicted[rows.held].nonzero()
+        take = rows.first[sample] + prefix.shape[1] - 1 + text
+        which = rows.held[sample] * predicted.shape[1] + text
+        source, take, which, positions = _on(
+            padded.device, rows.sample * longest + rows.position, take, which, rows.position
+        )
+        x = flat.index_select(0, source.flatten()).unflatten(0, source.shape)
+        # transformers sees from positions that restart where samples begin, and masks them from each other
+        logits.append(model.language(x, positions=positions if rows.packed else None, take=take))
+        wanted.append(target.flatten()[which])
+    return torch.cat(logits), torch.cat(wanted)
+
+
+def _on(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    return [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]

@@ -1,0 +1,17 @@
+"""What tuning on images leaves of a language model's text, on the embedded scenes."""
+
+from __future__ import annotations
+
+from effbench.retention import Retention
+from effbench.task import Data, DataRequest
+from effbench_tasks.scenes import Scenes
+
+
+class ScenesTextRetention(Retention):
+    """Captions of drawn shapes predicted without the pictures, before and after tuning."""
+
+    embedded = "scenes"
+    learns = "ScenesCaption"
+
+    def load(self, request: DataRequest) -> Data:
+        return Scenes().load(request)

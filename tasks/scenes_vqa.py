@@ -1,0 +1,64 @@
+"""Visual question answering on the embedded scenes: what colour, how many, where."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import partial
+
+from effbench.errors import UsageError
+from effbench.task import Data, DataRequest, Example
+from effbench.vqa import QuestionAnswering
+from effbench_tasks.drawing.questions import KINDS, ask
+from effbench_tasks.drawing.scene import draw, generator, sample
+
+SEED = 0
+SIZES = {"train": 2000, "dev": 500, "test": 500}
+THINGS = (1, 2, 3, 4)  # in a scene, equally often: "how many shapes are there" has no likeliest answer
+
+
+class ScenesVqa(QuestionAnswering):
+    """Questions on colour, count and position of drawn shapes, each with one right answer."""
+
+    embedded = "scenes"
+    kinds = KINDS
+    # one image token per cell of a scene; all is learned from nothing, since text alone answers no question
+    recommended = {
+        **QuestionAnswering.recommended,
+        "epochs": 20,
+        "batch_size": 32,
+        "lr": 2e-3,
+        "captioning": dict(layers=4, width=128, image_tokens=9, stages=(), max_tokens=4, new_tokens=3),
+    }
+
+    def load(self, request: DataRequest) -> Data:
+        """Sample the scenes and ask about them; the pictures are drawn when they are needed.
+
+        Raises:
+            UsageError: a path was given, where there is nothing to read.
+        """
+        if request.path is not None:
+            raise UsageError(f"scenes are drawn, not read from {request.path}", "leave --data out")
+        splits = {split: examples(split, count) for split, count in SIZES.items()}
+        origin = f"drawn by effbench from seed {SEED}"
+        return Data("scenes", splits, fingerprint(splits), origin, synthetic=True)
+
+
+def examples(split: str, count: int) -> list[Example]:
+    """The first `count` scenes of a split with questions and answers."""
+    scenes = [sample(generator(SEED, split, index), THINGS) for index in range(count)]
+    asked = ask(scenes, generator(SEED, split, count))
+    return [
+        Example(partial(draw, scene), tuple(a for _, a in pairs), f"{split}-{index}", tuple(q for q, _ in pairs))
+        for index, (scene, pairs) in enumerate(zip(scenes, asked, strict=True))
+    ]
+
+
+def fingerprint(splits: dict[str, list[Example]]) -> str:
+    """sha256 over all questions and answers and the pixels of some pictures of each split."""
+    digest = hashlib.sha256()
+    for split, listed in splits.items():
+        digest.update(json.dumps([split, [[e.name, e.questions, e.captions] for e in listed]]).encode())
+        for example in listed[:16]:
+            digest.update(example.image().tobytes())
+    return digest.hexdigest()
