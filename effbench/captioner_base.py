@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from effbench.models.captioner import Captioner
     from effbench.records import Protocol
 
-VERSION = 2  # of the making; a base of another version is made anew
+VERSION = 3  # of the making; a base of another version is made anew
 TEXTS = 256  # of a batch of text alone
 SEED = 0  # one base for all seeds
 

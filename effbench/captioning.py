@@ -277,8 +277,8 @@ class Captioning(Task):
         owner = batch["owner"]
         firsts = torch.cat([owner.new_ones(1), owner.diff()]).bool()
         batch = batch | {key: batch[key][firsts] for key in ("tokens", "target", "owner")}
-        prefix = model.prefix(self.features(model, batch))
-        return self._losses(model, prefix, batch)
+        logits = model.logits(model.prefix(self.features(model, batch)), batch["tokens"])
+        return dict(seen=token_losses(logits, batch["target"]))
 
     def _losses(self, model: Captioner, prefix: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         owner, tokens = batch["owner"], batch["tokens"]
@@ -308,7 +308,7 @@ class Captioning(Task):
         texts, references = prepared.texts[split], prepared.references[split]
         owner = np.repeat(np.arange(len(references)), np.diff(texts.first))
         owner = owner if len(outputs["seen"]) == len(owner) else np.arange(len(references))  # of a look
-        found = {name: Items(outputs[name].numpy(), owner) for name in ("seen", "text")}
+        found = {name: Items(outputs[name].numpy(), owner) for name in ("seen", "text") if name in outputs}
         if "ids" in outputs:
             written = [prepared.words.decode(row) for row in outputs["ids"].tolist()]
             each = np.arange(len(references))

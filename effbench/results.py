@@ -81,6 +81,8 @@ def record(
             facts |= _promise(facts, base)
             masked = _masked(arm.plan, facts, base)
             facts["structure"] = facts["structure"].model_copy(update=dict(masked_tokens=bool(masked)))
+            if (owner := facts.get("trained_by", "baseline")) != "baseline":
+                notes.append(f"has the weights that {owner} trained")
             facts["notes"] = (*facts["notes"], *notes, *([masked] if masked else []))
         found.append(records.Arm(**facts))
         live.advance(place + 1)

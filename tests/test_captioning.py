@@ -220,7 +220,7 @@ def test_questions_are_no_targets_and_stand_before_the_answer(captioner):
         (dict(max_tokens=3000), {}, InvalidError, "has room for"),
         (dict(layers=0), {}, UsageError, "--decoder-layers 0"),
         (dict(stages=("sing",)), {}, UsageError, "--stages"),
-        (dict(decoder="gpt"), {}, UsageError, "not known"),
+        (dict(decoder="gpt", layers=None, width=None), {}, UsageError, "not known"),
         ({}, dict(task="flickr8k"), UsageError, "write text"),
         ({}, dict(precision="fp8"), UsageError, "--precision fp8"),
         (dict(beams=0), {}, UsageError, "--beams 0"),

@@ -92,8 +92,6 @@ def tiny(words: int, layers: int, width: int) -> Language:
         eos_token_id=None,
         pad_token_id=None,
         use_cache=False,
-        initializer_range=width
-        ** -0.5,  # transformers' 0.02 is that of a width of 2,500: narrow models learn slower from it
     )
     model = LlamaForCausalLM(config)
     return Language(model.model, model.lm_head)
