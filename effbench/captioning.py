@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from effbench import caption_scores, captioner_base
 from effbench.errors import InvalidError, UsageError
 from effbench.models.backbones import digest
-from effbench.models.captioner import IGNORE, Captioner, PooledLinear, token_losses
-from effbench.models.decoding import generate, new_cache
+from effbench.models.captioner import IGNORE, Captioner, PooledLinear
+from effbench.models.decoding import generate
 from effbench.models.language import CONTEXT, Words, check_width, pretrained, reference, tiny
 from effbench.models.vocabulary import Vocabulary
 from effbench.pixels import pixels
@@ -277,25 +277,17 @@ class Captioning(Task):
         owner = batch["owner"]
         firsts = torch.cat([owner.new_ones(1), owner.diff()]).bool()
         batch = batch | {key: batch[key][firsts] for key in ("tokens", "target", "owner")}
-        logits = model.logits(model.prefix(self.features(model, batch)), batch["tokens"])
-        return dict(seen=token_losses(logits, batch["target"]))
+        prefix = model.prefix(self.features(model, batch))
+        return dict(seen=model.losses(prefix, batch["owner"], batch["tokens"], batch["target"]))
 
     def _losses(self, model: Captioner, prefix: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        owner, tokens = batch["owner"], batch["tokens"]
-        if len(owner) == len(prefix):
-            logits = model.logits(prefix, tokens)
-        else:  # the texts of an image share the keys and values of what stands before them
-            cache = new_cache(model.language)
-            first = model.language(prefix, prefix.shape[1] - 1, cache)
-            cache.reorder_cache(owner)
-            rest = model.language(model.language.embed(tokens[:, :-1]), 0, cache)
-            logits = torch.cat([first[owner], rest], dim=1)
-        return dict(seen=token_losses(logits, batch["target"]), text=self.text_losses(model, batch))
+        seen = model.losses(prefix, batch["owner"], batch["tokens"], batch["target"])
+        return dict(seen=seen, text=self.text_losses(model, batch))
 
     def text_losses(self, model: Captioner, batch: dict[str, Tensor]) -> Tensor:
         """Of each text without its image: loss, tokens, and how many of them were the likeliest (texts, 3)."""
-        tokens = batch["tokens"]
-        return token_losses(model.logits(model.starts(len(tokens)), tokens), batch["target"])
+        none = torch.zeros_like(batch["owner"])
+        return model.losses(model.starts(1), none, batch["tokens"], batch["target"])
 
     def frozen_features(self, model, images):
         features = model.features(images)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from torch import Tensor
 
-from effbench.captioning import Captioning, Prepared, of_each
+from effbench.captioning import Captioning, Prepared
 from effbench.errors import InvalidError
-from effbench.models.captioner import Captioner, token_losses
+from effbench.models.captioner import Captioner
 from effbench.task import Data, Example, Items, Metric
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ class QuestionAnswering(Captioning):
 
     def _losses(self, model: Captioner, prefix: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the answers alone: what the decoder makes of a question without an image is no language to retain."""
-        prefix = of_each(prefix, batch["owner"])
-        return dict(seen=token_losses(model.logits(prefix, batch["tokens"]), batch["target"]))
+        return dict(seen=model.losses(prefix, batch["owner"], batch["tokens"], batch["target"]))
 
     def score(self, prepared: Asked, split: str, outputs: dict[str, Tensor]) -> dict[str, Items]:
         """Per question 1 where the answer is right, word for word, and 0 where not; its loss."""

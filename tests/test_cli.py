@@ -98,15 +98,19 @@ def test_every_error_ends_in_one_message(cli, monkeypatch, error, code, said):
 def test_run_hands_over_every_parameter(cli, monkeypatch):
     from effbench import start as experiment
     from effbench.commands.run import run as command
+    from effbench.records import Captioning
 
     ours, theirs = inspect.signature(command).parameters, inspect.signature(experiment.run).parameters
     beside = {"method", "preset", "context"}
-    assert {"methods", *ours} - beside == set(theirs) - {"live"}
-    for name in set(ours) - beside - {"out"}:
+    writing = {option.replace("-", "_") for option in experiment.CAPTIONING_OPTIONS.values()}
+    assert set(experiment.CAPTIONING_OPTIONS) == set(Captioning.model_fields)
+    assert {"methods", "captioning", *ours} - beside - writing == set(theirs) - {"live"} and writing <= set(ours)
+    for name in set(ours) - beside - writing - {"out"}:
         assert ours[name].default == theirs[name].default, name
     seen = {}
     monkeypatch.setattr(experiment, "run", lambda methods, task, **options: seen.update(options, m=methods, t=task))
     assert cli("run", "--method", "a+b", "--method", "c:x=1", "--task", "t", "--epochs", "0", "--dry-run")[0] == 0
+    assert set(seen["captioning"]) == set(Captioning.model_fields)
     assert seen["m"] == ["a+b", "c:x=1"] and seen["t"] == "t" and seen["epochs"] == 0 and seen["dry_run"] is True
 
 

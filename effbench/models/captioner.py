@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effbench.models.decoding import new_cache
 from effbench.models.sequences import Layout, logits_in_rows
 
 if TYPE_CHECKING:
@@ -199,6 +200,29 @@ class Captioner(nn.Module):
         """What stands before a text where there is no image, embedded (texts, tokens, width)."""
         return self.language.embed(self.start).expand(texts, -1, -1)
 
+    def losses(self, prefix: Tensor, owner: Tensor, tokens: Tensor, target: Tensor) -> Tensor:
+        """Of each text the sums that `token_losses` gives, (texts, 3); texts of one prefix share its keys and values.
+
+        Args:
+            prefix: everything before the texts, embedded (prefixes, tokens, width); owner: (texts,) the prefix of each.
+            tokens: ids (texts, tokens), padded at the end; target: the same, IGNORE where nothing is to be predicted.
+        """
+        self.language.part = "prefill"
+        cache = new_cache(self.language)
+        image = prefix.shape[1] > len(self.before) + len(self.after)
+        first = self.language(prefix, prefix.shape[1] - 1, cache, image=image)[:, 0]
+        if not torch.equal(owner, torch.arange(len(prefix), device=owner.device)):
+            cache.reorder_cache(owner)
+        there = target != IGNORE
+        at_once, later = there[:, 0].nonzero()[:, 0], there[:, 1:].nonzero()[:, 0]
+        words = self.language.embed(tokens[:, :-1]).to(prefix.dtype)
+        rest = first[:0]
+        if len(later):
+            rest = self.language(words, cache=cache, take=there[:, 1:].flatten().nonzero()[:, 0], image=image)
+        wanted = torch.cat([target[at_once, 0], target[:, 1:][there[:, 1:]]])
+        logits = torch.cat([first[owner[at_once]], rest])
+        return token_losses(logits, wanted, torch.cat([at_once, later]), len(tokens))
+
     def logits(self, prefix: Tensor, tokens: Tensor) -> Tensor:
         """What is predicted at each token of a text, (batch, tokens, vocabulary).
 
@@ -229,13 +253,12 @@ class Captioner(nn.Module):
         return F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), ignore_index=IGNORE)
 
 
-def token_losses(logits: Tensor, target: Tensor) -> Tensor:
-    """Of each text its summed cross entropy, its tokens, and those of them that were the likeliest: (batch, 3).
+def token_losses(logits: Tensor, target: Tensor, owner: Tensor, texts: int) -> Tensor:
+    """Of each text its summed cross entropy, its tokens, and those of them that were the likeliest: (texts, 3).
 
     Args:
-        logits: (batch, tokens, vocabulary); target: (batch, tokens), IGNORE where nothing is to be predicted.
+        logits: (n, vocabulary) wherever something is to be predicted; target: (n,) what; owner: (n,) of which text.
     """
-    counts = target != IGNORE
-    loss = F.cross_entropy(logits.float().transpose(1, 2), target, ignore_index=IGNORE, reduction="none").sum(dim=1)
-    right = ((logits.argmax(dim=-1) == target) & counts).sum(dim=1)
-    return torch.stack([loss, counts.sum(dim=1).to(loss), right.to(loss)], dim=1)
+    loss = F.cross_entropy(logits.float(), target, reduction="none")
+    right = (logits.argmax(dim=-1) == target).to(loss)
+    return loss.new_zeros(texts, 3).index_add_(0, owner, torch.stack([loss, torch.ones_like(loss), right], dim=1))
