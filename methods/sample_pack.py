@@ -15,7 +15,7 @@ from effbench.models.sequences import Layout, Rows
 from effbench.models.tower import ModelView
 from effbench_methods.algorithms.packing import groups, pack, places, tightest
 
-WIDEST = 3  # times the longest sample of a batch: wider rows hold hardly more, and cost more attention
+WIDEST = 2  # times the longest sample of a batch: wider rows hold hardly more, and cost more attention
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,12 @@ class ScenesTextRetention(Retention):
 
     embedded = "scenes"
     learns = "ScenesCaption"
+    # as scenes_caption
+    recommended = {
+        **Retention.recommended,
+        "epochs": 8,
+        "captioning": dict(layers=4, width=128, image_tokens=36, max_tokens=20, new_tokens=15),
+    }
 
     def load(self, request: DataRequest) -> Data:
         return Scenes().load(request)

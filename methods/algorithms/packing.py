@@ -66,7 +66,7 @@ def pack(lengths: np.ndarray, width: int) -> Packing:
     return best_fit_decreasing(lengths, shortest + fits)
 
 
-def tightest(lengths: np.ndarray, widest: int, trials: int = 32) -> Packing:
+def tightest(lengths: np.ndarray, widest: int, trials: int = 64) -> Packing:
     """`pack` into rows of that width, of some up to `widest`, which leaves the fewest places: rows x width.
 
     64 samples of 16 image tokens and a caption of Flickr8k fill 89 % of rows that are twice as long as the longest, and
