@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 VERSION = 3  # of the making; a base of another version is made anew
 TEXTS = 256  # of a batch of text alone
 SEED = 0  # one base for all seeds
+TRAINING = ("batch_size", "lr", "weight_decay")
 
 
 def stages(protocol: Protocol) -> tuple[str, ...]:
@@ -70,11 +71,18 @@ def make(
             if there:
                 load(model, files[there - 1])
             for stage, file in list(zip(wanted, files, strict=True))[there:]:
-                _STAGES[stage](model, task, prepared, protocol, live)
+                _STAGES[stage](model, task, prepared, _how(task, protocol, stage), live)
                 save(model, file)
     except OSError as error:
         raise cannot_write(files[-1], error) from None
     return files[-1]
+
+
+def _how(task: Captioning, protocol: Protocol, stage: str) -> Protocol:
+    """How a stage trains: as the task recommends, whatever the arms' own training is; tuning as the arms do."""
+    if stage == "tune":
+        return protocol
+    return protocol.model_copy(update={key: task.recommended[key] for key in TRAINING})
 
 
 def missing(task: Captioning, prepared: Prepared, backbone: Backbone, protocol: Protocol) -> tuple[str, ...]:
@@ -112,8 +120,9 @@ def _file(task: Captioning, prepared: Prepared, backbone: Backbone, protocol: Pr
     facts |= dict(precision=protocol.precision, language_epochs=options.language_epochs)
     if "align" in done or "tune" in done:
         facts |= dict(image_tokens=options.image_tokens, align=options.align, align_epochs=options.align_epochs)
+    facts |= {key: task.recommended[key] for key in TRAINING}
     if "tune" in done:
-        facts |= {key: getattr(protocol, key) for key in ("epochs", "batch_size", "lr", "weight_decay", "data_share")}
+        facts["tuning"] = [getattr(protocol, key) for key in ("epochs", "data_share", *TRAINING)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in ("language", "tuning"):
         if name in prepared.texts:

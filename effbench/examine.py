@@ -140,9 +140,13 @@ def _image_by_image(experiment: Experiment, arm: Arm) -> dict[str, Any]:
 
 
 def _training_flops(experiment: Experiment, arm: Arm) -> records.Flops:
-    """Of one training step per pair; a feature pass that is done once is spread over the epochs."""
+    """Of one training step per pair; a feature pass that is done once is spread over the epochs.
+
+    Of a whole batch where texts are padded to the longest of it, or packed; else of two pairs.
+    """
     task = experiment.task
-    batch = training_batch(experiment, arm, 2)
+    pairs = min(experiment.protocol.batch_size, experiment.sizes["train"]) if task.writes else 2
+    batch = training_batch(experiment, arm, pairs)
     cached = "features" in batch
     training_mode([arm])
     parts, once = [], 0
@@ -150,9 +154,9 @@ def _training_flops(experiment: Experiment, arm: Arm) -> records.Flops:
         image = batch.pop("image")
         with torch.no_grad():
             features = flops_of(lambda: task.frozen_features(arm.model, image), arm.model)
-        parts, once = [(features, experiment.protocol.epochs)], round(features.work / 2)
+        parts, once = [(features, experiment.protocol.epochs)], round(features.work / pairs)
     parts.append((flops_of(lambda: task.loss(arm.model, batch).backward(), arm.model), 1))
-    return _flops(parts, 2).model_copy(update=dict(once=once))
+    return _flops(parts, pairs).model_copy(update=dict(once=once))
 
 
 def training_batch(experiment: Experiment, arm: Arm, pairs: int) -> Batch:

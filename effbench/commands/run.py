@@ -79,42 +79,61 @@ def run(
     ] = "fp32",
     decoder: Annotated[
         str | None,
-        typer.Option(help="tiny (a Llama made here), or hf:PATH of a causal language model.", rich_help_panel=Writing),
+        typer.Option(
+            help="tiny (a Llama made here, default), or hf:PATH of a causal language model.", rich_help_panel=Writing
+        ),
     ] = None,
     decoder_layers: Annotated[
-        int | None, typer.Option(min=1, help="Of the tiny decoder.", rich_help_panel=Writing)
+        int | None,
+        typer.Option(min=1, help="Of the tiny decoder; default: the task's, else 6.", rich_help_panel=Writing),
     ] = None,
     decoder_width: Annotated[
-        int | None, typer.Option(min=8, help="Of the tiny decoder, a multiple of 64.", rich_help_panel=Writing)
+        int | None,
+        typer.Option(
+            min=8, help="Of the tiny decoder, a multiple of 64; default: the task's, else 256.", rich_help_panel=Writing
+        ),
     ] = None,
     image_tokens: Annotated[
         int | None,
-        typer.Option(min=0, help="That the decoder gets, a square; 0: all patches.", rich_help_panel=Writing),
+        typer.Option(
+            min=0,
+            help="That the decoder gets, a square; 0: all patches; default: the task's, else 49.",
+            rich_help_panel=Writing,
+        ),
     ] = None,
     stages: Annotated[
         str | None,
         typer.Option(
             metavar="STAGE/STAGE|none",
-            help="What the arms start from: language (text alone), align (connector), tune.",
+            help="What the arms start from: language (text alone), align (connector), tune; default: the first two.",
             rich_help_panel=Writing,
         ),
     ] = None,
     language_epochs: Annotated[
-        int | None, typer.Option(min=1, help="Of the language stage.", rich_help_panel=Writing)
+        int | None, typer.Option(min=1, help="Of the language stage; default 4.", rich_help_panel=Writing)
     ] = None,
     align_epochs: Annotated[
-        int | None, typer.Option(min=1, help="Of the align stage.", rich_help_panel=Writing)
+        int | None, typer.Option(min=1, help="Of the align stage; default 2.", rich_help_panel=Writing)
     ] = None,
     align: Annotated[
         Literal["connector", "all"] | None,
-        typer.Option(help="What alignment trains; all: the decoder too.", rich_help_panel=Writing),
+        typer.Option(
+            help="What alignment trains: the connector (default), or the decoder too.", rich_help_panel=Writing
+        ),
     ] = None,
-    beams: Annotated[int | None, typer.Option(min=1, help="1: greedy.", rich_help_panel=Writing)] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the search for the best text; 1 (default): greedy.", rich_help_panel=Writing),
+    ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of an answer.", rich_help_panel=Writing)
+        int | None,
+        typer.Option(min=1, help="Most tokens of an answer; default: the task's, else 24.", rich_help_panel=Writing),
     ] = None,
     new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that a timed step writes.", rich_help_panel=Writing)
+        int | None,
+        typer.Option(
+            min=1, help="Tokens that a timed step writes; default: the task's, else 20.", rich_help_panel=Writing
+        ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; default: all cores.", rich_help_panel=Timing)
