@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from effbench.records import Protocol
 
 ANSWER = 1000  # characters of an answer that a record keeps
+FOREIGN = 0.1  # more unknown words make a tokenizer unfit for a text
 LEAST = 3  # a word of the tiny decoder's vocabulary was seen so often in training captions
 
 
@@ -138,6 +139,7 @@ class Captioning(Task):
         captions = [c for e in data.apart["all"] for c in (*e.captions, *e.questions)]
         words, context, decoder = self._words(options, captions, backbone)
         texts = {name: _texts(each, words) for name, each in (*data.splits.items(), *data.apart.items())}
+        _check_words(words, texts["tuning"], options.decoder)
         longest = {name: int(each.lengths.max()) for name, each in texts.items()}
         name = max(longest, key=longest.__getitem__)
         image = options.image_tokens or backbone.patch_tokens().patches if options.decoder != "own" else backbone.around
@@ -212,7 +214,8 @@ class Captioning(Task):
         if options.image_tokens and (side**2 != options.image_tokens or options.image_tokens > tower.patches):
             nearest = min(tower.patches, max(1, round(math.sqrt(options.image_tokens)) ** 2))
             raise UsageError(
-                f"--image-tokens {options.image_tokens} is no square of at most {tower.patches} patches",
+                f"--image-tokens {options.image_tokens} (where nothing is said the task's own, or 49) is no square of "
+                f"at most {tower.patches} patches",
                 f"use {nearest}, or 0 for all patches",
             )
         connector = PooledLinear(tower.width, language.width, side or None)
@@ -387,6 +390,19 @@ def _check(name: str, split: str, examples: list[Example]) -> None:
         if example.questions and len(example.questions) != len(example.captions):
             many = f"{len(example.questions)} questions and {len(example.captions)} answers"
             raise InvalidError(f"image {example.name} in {split} of {name} has {many}", "give every question one")
+
+
+def _check_words(words: Words, texts: Texts, decoder: str) -> None:
+    """Refuse a tokenizer to which the texts are foreign: to write its unknown token would count as right."""
+    unknown = getattr(words, "unknown", None)
+    if unknown is None:
+        return
+    share = (texts.ids == unknown).sum() / texts.lengths.sum()
+    if share > FOREIGN:
+        raise InvalidError(
+            f"the tokenizer of {decoder} knows no token for {share:.0%} of the words of these texts",
+            "use a decoder whose vocabulary covers them, or --decoder tiny, which makes its own",
+        )
 
 
 def _texts(examples: list[Example], words: Words) -> Texts:

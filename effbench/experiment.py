@@ -76,7 +76,12 @@ class Experiment:
         self.task, self.name, self.data, self.backbone, self.live = task, name, data, backbone, live
         task.set_apart(data, protocol)
         if protocol.data_share < 1:
-            share = max(protocol.batch_size, round(len(data.splits["train"]) * protocol.data_share))
+            asked = round(len(data.splits["train"]) * protocol.data_share)
+            share = min(max(protocol.batch_size, asked), len(data.splits["train"]))
+            if share > asked:
+                live.warn(
+                    f"a data share of {protocol.data_share:g} is {asked} images, less than a batch: {share} are used"
+                )
             drawn = np.random.default_rng(0).permutation(len(data.splits["train"]))[:share]
             data.splits["train"] = [data.splits["train"][i] for i in sorted(drawn)]
         self.protocol = protocol

@@ -27,15 +27,16 @@ from effbench.task import Items, Task
 def features(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: Partial | None, save: Save) -> Partial:
     """The pass through the frozen tower, once per arm: fills `arm.features` for the training and dev images.
 
-    An arm whose tower is the baseline's takes the first step alone; the others are the baseline's, seconds and all.
+    An arm whose tower is that of an arm before it takes the first step alone; the others are the other's, seconds and
+    all.
     """
     task, prepared = setting.task, setting.prepared
     plan = [b for split in ("train", "dev") for b in blocks(split, sizes[split], setting.protocol.eval_batch)]
     done: dict[str, list[Tensor]] = {arm.name: [] for arm in arms}
-    twins: list[str] = []
+    twins: dict[str, str] = {}
     if partial:
         done = {name: [stored] for name, stored in partial["features"].items()}
-        twins = partial.get("twins", [])
+        twins = partial["twins"]
         restore(arms, partial)
     start = partial["index"] + 1 if partial else 0
 
@@ -57,23 +58,38 @@ def features(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: 
         own = [arm for arm in arms if arm.name not in twins]
         for index, _ in steps(own, "features", 0, span, fetch, work, setting):
             if index == 0:
-                twins = [arm.name for arm in arms[1:] if _same_tower(arm, arms[0], task, done)]
+                twins = _twins(arms, task, done)
             setting.live.advance(index + 1, columns(own, setting))
             save(functools.partial(state, index))
     result = state(len(plan) - 1)
-    result["features"] |= {name: result["features"][arms[0].name] for name in twins}
-    shared = [row for row in setting.rows if row["phase"] == "features" and row["index"] and row["arm"] == arms[0].name]
-    setting.rows += [row | dict(arm=name) for name in twins for row in shared]
+    result["features"] |= {
+        name: result["features"][owner] for name, owner in twins.items() if owner in result["features"]
+    }
+    own = [row for row in setting.rows if row["phase"] == "features" and row["index"]]
+    setting.rows += [row | dict(arm=name) for name, owner in twins.items() for row in own if row["arm"] == owner]
     return result
 
 
-def _same_tower(arm: Arm, baseline: Arm, task: Task, done: dict[str, list[Tensor]]) -> bool:
-    """Whether what an arm freezes is the very tower of the baseline; a control's never is, it measures the noise."""
-    if arm.plan.kind == "control" or arm.error or baseline.error:
-        return False
-    towers = [[m for part in task.locked(each.model) for m in part.modules()] for each in (arm, baseline)]
-    kinds = [[(type(m).__qualname__, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in of] for of in towers]
-    return kinds[0] == kinds[1] and torch.equal(done[arm.name][0], done[baseline.name][0])
+def _twins(arms: list[Arm], task: Task, done: dict[str, list[Tensor]]) -> dict[str, str]:
+    """The arms whose frozen tower is the very one of an arm before them, and that arm; never a control, which tells the
+    noise."""
+    found: dict[str, str] = {}
+    towers = {arm.name: [m for part in task.locked(arm.model) for m in part.modules()] for arm in arms if not arm.error}
+    kinds = {
+        name: [(type(m).__qualname__, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in tower]
+        for name, tower in towers.items()
+    }
+    owners: list[str] = []
+    for arm in arms:
+        if arm.error or arm.plan.kind == "control":
+            continue
+        name = arm.name
+        same = (o for o in owners if kinds[o] == kinds[name] and torch.equal(done[o][0], done[name][0]))
+        if owner := next(same, None):
+            found[name] = owner
+        else:
+            owners.append(name)
+    return found
 
 
 def use_features(arms: list[Arm], result: Partial, sizes: dict[str, int]) -> None:

@@ -230,16 +230,24 @@ def captioning_options(found: Resolved, asked: dict[str, Any] | None, backbone: 
                 raise UsageError(f"{told} is of the tiny decoder, and {decoder} brings its own", "leave it out")
             values.pop(option, None)
         if "stages" not in given:
-            values["stages"] = ("align",)  # it knows its language
+            values["stages"] = () if own else ("align",)  # it knows its language, and a whole model images too
+    stages = [stage for stage in STAGES if stage in values.get("stages", ())]
+    if "stages" in given and list(given["stages"]) != stages and set(given["stages"]) <= set(STAGES):
+        raise UsageError(f"--stages {'/'.join(given['stages'])}: they follow one another", f"write {'/'.join(stages)}")
     try:
         return Captioning(**values)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
+        if name not in Captioning.model_fields:
+            raise UsageError(
+                f"captioning: {name} is unknown", f"fields: {', '.join(Captioning.model_fields)}"
+            ) from None
         option = CAPTIONING_OPTIONS.get(name, name)
         raise UsageError(f"--{option} {first['input']}: {first['msg'].lower()}", "see effbench run --help") from None
 
 
+STAGES = ("language", "align", "tune")
 #: the command line's names of the fields of `Captioning`
 CAPTIONING_OPTIONS = dict(
     decoder="decoder",

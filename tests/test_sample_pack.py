@@ -160,7 +160,7 @@ def test_no_sample_sees_another(attention):
 @pytest.mark.parametrize(
     "spec, shapes",
     [
-        ("sample_pack", [(2, 35)]),  # 70 places for 69 tokens
+        ("sample_pack", [(4, 18)]),  # 72 places for 69 tokens
         ("sample_pack:width=1", [(6, 13)]),
         ("sample_pack:width=26", [(3, 24)]),
         ("sample_pack:bucket,buckets=2", [(4, 8), (4, 13)]),

@@ -57,6 +57,7 @@ class Tokenizer:
                 "use the tokenizer that the model was trained with",
             )
         self.end = tokenizer.eos_token_id
+        self.unknown: int | None = tokenizer.unk_token_id
         self.start = self.end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def encode(self, text: str) -> list[int]:

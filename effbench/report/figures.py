@@ -128,6 +128,11 @@ def share(figure: Interval | None) -> str:
     return NONE if figure is None else f"{100 * figure.value:.1f} %{bounds(figure, 100, 1)}"
 
 
+def trained_by(arm: Arm) -> str:
+    """The arm whose trained weights it has, where that is not the baseline."""
+    return f"as {arm.trained_by}" if arm.trained_by not in ("", "baseline") else NONE
+
+
 def agreement(arm: Arm, name: str) -> str:
     """Agreement with the baseline: a share as per cent, a cosine as a number.
 

@@ -41,7 +41,8 @@ Written by `effbench leaderboard` from the records in [records](records); do not
 - Disk: the model's state dict as it is saved. Quantised: share of the weights of linear layers and convolutions.
 - Tokens: those that enter the first and the last block's MLP. Peak: all tensors that live together in a test step, in a
   process of its own; the process's own growth stands beside it under Memory.
-- Train: — where an arm uses the baseline's own weights. Where the image tower is locked its features are computed once;
+- Train: — where an arm uses the baseline's own weights, "as" another where it has those that the other trained.
+  Where the image tower is locked its features are computed once;
   that pass is part of the training time, and its FLOPs are spread over the epochs. Choosing layers: what a method
   decides by a look at training data before it trains; part of the training time, and of "head".
 - What training costs, means over the seeds. Target: 95 % of the baseline's best value of the primary metric on dev

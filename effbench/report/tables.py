@@ -59,7 +59,7 @@ def cost(rows: list[Row]) -> str:
             escape(figures.verdict(arm.test_speedup)),
             figures.promise(arm),
             figures.realised(arm, interval=True),
-            figures.ratio(arm.train_speedup) if arm.train_time else NONE,
+            figures.ratio(arm.train_speedup) if arm.train_time else escape(figures.trained_by(arm)),
             figures.gflops(arm.test_flops),
             figures.tokens(arm),
             figures.per_image(arm),
