@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from effbench.records import Protocol
 
 ANSWER = 1000  # characters of an answer that a record keeps
-FOREIGN = 0.1  # more unknown words make a tokenizer unfit for a text
+FOREIGN = 0.3  # more unknown words make a tokenizer unfit for a text
 LEAST = 3  # a word of the tiny decoder's vocabulary was seen so often in training captions
 
 

@@ -268,3 +268,21 @@ def test_bf16_trains_under_autocast(data, tmp_path):
 
 def test_the_kind_has_no_name_of_its_own():
     assert Captioning.writes and Captioning.__abstractmethods__ == {"load"}
+
+
+def test_a_tokenizer_to_which_the_words_are_foreign_is_refused():
+    from types import SimpleNamespace
+
+    from effbench.captioning import Texts, _check_words
+
+    ids = np.array([[5, 3, 3, 9], [5, 6, 3, 9]])
+    texts = Texts(ids, np.array([4, 4]), np.array([0, 0]), np.array([0, 2]))
+    with pytest.raises(InvalidError, match="hf:foreign knows no token for 38%"):
+        _check_words(SimpleNamespace(unknown=3), texts, "hf:foreign")
+    for words in (SimpleNamespace(unknown=6), SimpleNamespace(unknown=None), SimpleNamespace()):
+        _check_words(words, texts, "hf:near")
+
+
+def test_stages_follow_one_another(data, tmp_path):
+    with pytest.raises(UsageError, match="--stages tune/align"):
+        run(data, tmp_path, captioning=dict(stages=("tune", "align")))

@@ -127,7 +127,7 @@ def run(folders, data, method=(), name="llava", **options):
 def test_an_experiment(folders, name, tmp_path):
     data = tiny.flickr8k(tmp_path / "data", train=16, dev=4, test=4)
     size = dict(image_size=32) if name == "qwen2_vl" else {}
-    how = dict(max_tokens=4, new_tokens=3, align_epochs=1)
+    how = dict(max_tokens=4, new_tokens=3, align_epochs=1, stages=("align",))
     record = run(folders, data, ["layer_prune:drop=1,images=8"], name, out=tmp_path / "out", captioning=how, **size)
     arms = {arm.name: arm for arm in record.arms}
     assert record.envelope.protocol.captioning.decoder == "own"
@@ -142,8 +142,8 @@ def test_what_cannot_be_asked_for(folders, tmp_path):
     found = resolve("flickr8k_caption", data)
     spec = f"hf:{folders / 'llava'}"
     own = start.captioning_options(found, None, spec)
-    assert (own.decoder, own.stages, own.image_tokens) == ("own", ("align",), 0)
-    assert start.captioning_options(found, dict(stages=()), spec).stages == ()
+    assert (own.decoder, own.stages, own.image_tokens) == ("own", (), 0)
+    assert start.captioning_options(found, dict(stages=("align",)), spec).stages == ("align",)
     for wrong in (dict(layers=2), dict(width=64), dict(image_tokens=4), dict(decoder="tiny"), dict(decoder="hf:x")):
         with pytest.raises(UsageError, match="brings its own decoder"):
             start.captioning_options(found, wrong, spec)
