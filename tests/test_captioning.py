@@ -1,5 +1,7 @@
 """Captioning end to end on a tiny data set: base, stages, training, answers, and every bad input."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -286,3 +288,24 @@ def test_a_tokenizer_to_which_the_words_are_foreign_is_refused():
 def test_stages_follow_one_another(data, tmp_path):
     with pytest.raises(UsageError, match="--stages tune/align"):
         run(data, tmp_path, captioning=dict(stages=("tune", "align")))
+
+
+def test_arms_with_the_same_frozen_tower_share_its_features(data, tmp_path, monkeypatch):
+    calls, honest = [], Captioning.frozen_features
+
+    def counted(self, model, images):
+        calls.append(model)  # held, so that no two have the same id
+        return honest(self, model, images)
+
+    methods = ["layer_tune:by=top", "layer_tune:by=bottom"]
+    both = run(data, tmp_path / "both", methods, timing_pairs=0, controls="none", captioning=dict(stages=()))
+    alone = run(data, tmp_path / "alone", methods[1:], timing_pairs=0, controls="none", captioning=dict(stages=()))
+    assert both.arm(methods[1]).losses == alone.arm(methods[1]).losses
+    assert both.arm(methods[1]).train_time.features > 0
+    steps = sum(-(-both.envelope.images[split] // 64) for split in ("train", "dev"))
+    assert steps == 2
+    monkeypatch.setattr(Captioning, "frozen_features", counted)
+    run(data, tmp_path / "counted", methods, timing_pairs=0, memory_runs=0, controls="none", captioning=dict(stages=()))
+    passes = Counter(map(id, calls)).values()
+    # two steps of baseline, noop, identity and the first method, one of the second; FLOPs are counted on other models
+    assert sorted(passes)[-4:] == [steps] * 4 and 1 in passes
