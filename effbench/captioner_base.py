@@ -114,7 +114,13 @@ def _file(task: Captioning, prepared: Prepared, backbone: Backbone, protocol: Pr
     """Where a base lies; its name is a digest of all that it depends on."""
     options = protocol.captioning
     facts: dict[str, Any] = dict(version=VERSION, task=task.learns or type(task).__name__, stages=done)
-    facts |= dict(decoder=options.decoder, layers=options.layers, width=options.width, words=len(prepared.words))
+    facts |= dict(
+        decoder=options.decoder,
+        layers=options.layers,
+        width=options.width,
+        init=options.init,
+        words=len(prepared.words),
+    )
     facts |= dict(decoder_weights=prepared.decoder) if prepared.decoder else {}
     facts |= dict(tower=str(backbone), weights=backbone.weights_id, size=protocol.image_size)
     facts |= dict(precision=protocol.precision, language_epochs=options.language_epochs)

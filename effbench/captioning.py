@@ -206,7 +206,7 @@ class Captioning(Task):
         if options.decoder == "own":
             return self._based(backbone.captioner(options), recipe)
         if options.decoder == "tiny":
-            language = tiny(recipe.words, options.layers, options.width)
+            language = tiny(recipe.words, options.layers, options.width, options.init)
         else:
             language, _, _ = pretrained(options.decoder.partition(":")[2], backbone.single_use)
         tower = backbone.patch_tokens()

@@ -33,6 +33,7 @@ class Captioning(Model):
     decoder: Text = Field("tiny", description="tiny, hf:PATH_OR_NAME, or `own` of a whole vision-language model")
     layers: int = Field(6, ge=1, le=1000, description="of the tiny decoder")
     width: int = Field(256, ge=8, le=65536, description="of the tiny decoder, 64 per head")
+    init: float = Field(0.02, gt=0, le=1, description="standard deviation of the tiny decoder's first weights")
     image_tokens: int = Field(49, ge=0, le=65536, description="that the connector hands over; 0: all patches")
     stages: tuple[Literal["language", "align", "tune"], ...] = Field(
         ("language", "align"), description="that the base went through, which all arms start from"

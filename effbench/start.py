@@ -214,7 +214,7 @@ def captioning_options(found: Resolved, asked: dict[str, Any] | None, backbone: 
     values = found.source.recommended.get("captioning", {}) | given
     decoder = values.get("decoder", "tiny")
     if own:
-        said = [option for option in ("decoder", "layers", "width", "image_tokens") if option in given]
+        said = [option for option in ("decoder", "layers", "width", "init", "image_tokens") if option in given]
         said = [option for option in said if given[option] != "own"]
         if said:
             told = f"--{CAPTIONING_OPTIONS[said[0]]} {given[said[0]]}"
@@ -224,7 +224,7 @@ def captioning_options(found: Resolved, asked: dict[str, Any] | None, backbone: 
     elif decoder == "own":
         raise UsageError("--decoder own is the decoder of a whole model", "name one with --backbone hf:PATH_OR_NAME")
     if decoder != "tiny":
-        for option in ("layers", "width"):
+        for option in ("layers", "width", "init"):
             if option in given:
                 told = f"--{CAPTIONING_OPTIONS[option]} {given[option]}"
                 raise UsageError(f"{told} is of the tiny decoder, and {decoder} brings its own", "leave it out")
@@ -253,6 +253,7 @@ CAPTIONING_OPTIONS = dict(
     decoder="decoder",
     layers="decoder-layers",
     width="decoder-width",
+    init="decoder-init",
     image_tokens="image-tokens",
     stages="stages",
     language_epochs="language-epochs",

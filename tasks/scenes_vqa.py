@@ -28,7 +28,8 @@ class ScenesVqa(QuestionAnswering):
         "epochs": 20,
         "batch_size": 32,
         "lr": 2e-3,
-        "captioning": dict(layers=4, width=128, image_tokens=9, stages=(), max_tokens=4, new_tokens=3),
+        # wider first weights than 0.02, with which it only learned to name any thing that is there
+        "captioning": dict(layers=4, width=128, init=0.09, image_tokens=9, stages=(), max_tokens=4, new_tokens=3),
     }
 
     def load(self, request: DataRequest) -> Data:

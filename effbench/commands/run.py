@@ -93,6 +93,14 @@ def run(
             min=8, help="Of the tiny decoder, a multiple of 64; default: the task's, else 256.", rich_help_panel=Writing
         ),
     ] = None,
+    decoder_init: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Spread of the tiny decoder's first weights; default: the task's, else 0.02.",
+            rich_help_panel=Writing,
+        ),
+    ] = None,
     image_tokens: Annotated[
         int | None,
         typer.Option(
@@ -222,6 +230,7 @@ def run(
             decoder=decoder,
             layers=decoder_layers,
             width=decoder_width,
+            init=decoder_init,
             image_tokens=image_tokens,
             stages=None if stages is None else tuple(s for s in stages.split("/") if s not in ("", "none")),
             language_epochs=language_epochs,

@@ -72,8 +72,8 @@ class Tokenizer:
         return len(self.tokenizer)
 
 
-def tiny(words: int, layers: int, width: int) -> Language:
-    """A Llama with random weights.
+def tiny(words: int, layers: int, width: int, init: float = 0.02) -> Language:
+    """A Llama with random weights, of standard deviation `init`.
 
     Raises:
         UsageError: the width is no multiple of the heads' 64.
@@ -93,6 +93,7 @@ def tiny(words: int, layers: int, width: int) -> Language:
         eos_token_id=None,
         pad_token_id=None,
         use_cache=False,
+        initializer_range=init,
     )
     model = LlamaForCausalLM(config)
     return Language(model.model, model.lm_head)
