@@ -20,7 +20,7 @@ from effbench.distributed import gathered
 from effbench.errors import InvalidError
 from effbench.models.dual_encoder import DualEncoder
 from effbench.pixels import pixels
-from effbench.task import Data, Items, Metric, Task
+from effbench.task import Data, Items, Metric, Task, unchanged
 
 if TYPE_CHECKING:
     from effbench.models.backbones import Backbone
@@ -141,7 +141,7 @@ class Alignment(Task):
                 value = partial(_recall, k=k)
                 found.append(Metric(f"{way}_r{k}", f"{way}_rank", value, True, 100 * (1 - blind), 100.0))
             median = 1 + (1 - 0.5 ** (1 / right)) * (gallery - right)  # of the best of `right` blind guesses
-            found.append(Metric(f"{way}_medr", f"{way}_rank", _same, False, median, 1.0, "median", "rank"))
+            found.append(Metric(f"{way}_medr", f"{way}_rank", unchanged, False, median, 1.0, "median", "rank"))
         return found
 
     def parts(self, model: DualEncoder) -> dict[str, nn.Module]:
@@ -165,10 +165,6 @@ def overlap(one: Tensor, other: Tensor) -> Tensor:
 
 def _recall(rank: np.ndarray, k: int) -> np.ndarray:
     return 100.0 * (rank <= k)
-
-
-def _same(rank: np.ndarray) -> np.ndarray:
-    return rank.astype(float)
 
 
 def ranks(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -104,6 +104,16 @@ def trainer(plan: ArmPlan, plans: Sequence[ArmPlan]) -> ArmPlan:
         return plan
     same = [each for each in plans if canonical(tuple(each.during("train", "both"))) == acting]
     return next((each for each in same if each.name == acting), same[0])
+
+
+def owner(plan: ArmPlan, plans: Sequence[ArmPlan], trained: Collection[str]) -> str:
+    """Name of the arm whose weights an arm is tested with: its trainer's, the baseline's where that trained none.
+
+    Args:
+        trained: names of the arms that trained.
+    """
+    name = trainer(plan, plans).name
+    return name if name in trained else "baseline"
 
 
 def with_choices(plan: ArmPlan, trained: ArmPlan) -> ArmPlan:

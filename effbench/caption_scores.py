@@ -15,7 +15,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from effbench import java_scores
 from effbench.caption_tokens import words
-from effbench.task import Metric
+from effbench.task import Metric, unchanged
 
 #: scores that a machine may lack, by name
 OPTIONAL: dict[str, Callable[[list[str], list[list[str]]], np.ndarray]] = {
@@ -105,14 +105,10 @@ def bleu4(sums: np.ndarray) -> np.ndarray:
     return 100 * np.minimum(1, np.exp(1 - 1 / ratio)) * np.exp(np.log(precision).mean(axis=-1))
 
 
-def _same(values: np.ndarray) -> np.ndarray:
-    return values.astype(float)
-
-
 METRICS = (
-    Metric("cider", "cider", _same, True, None, 1000.0, unit=""),
+    Metric("cider", "cider", unchanged, True, None, 1000.0, unit=""),
     Metric("bleu4", "bleu", totals, True, None, 100.0, unit="", combine=bleu4),
-    Metric("rouge_l", "rouge_l", _same, True, None, 100.0, unit=""),
-    Metric("meteor", "meteor", _same, True, None, 100.0, unit="", combine=java_scores.meteor_score, optional=True),
-    Metric("spice", "spice", _same, True, None, 100.0, unit="", optional=True),
+    Metric("rouge_l", "rouge_l", unchanged, True, None, 100.0, unit=""),
+    Metric("meteor", "meteor", unchanged, True, None, 100.0, unit="", combine=java_scores.meteor_score, optional=True),
+    Metric("spice", "spice", unchanged, True, None, 100.0, unit="", optional=True),
 )

@@ -25,7 +25,7 @@ from effbench.models.language import CONTEXT, Words, check_width, pretrained, re
 from effbench.models.vocabulary import Vocabulary
 from effbench.pixels import pixels
 from effbench.records import Answer
-from effbench.task import Data, Example, Items, Metric, Task, shown
+from effbench.task import Data, Example, Items, Metric, Task, shown, unchanged
 
 if TYPE_CHECKING:
     from effbench.models.backbones import Backbone
@@ -332,14 +332,14 @@ class Captioning(Task):
         return [note for judge in prepared.judges.values() for note in judge.left_out.values()]
 
     def metrics(self, prepared, split):
-        loss = Metric("token_loss", "seen", _same, False, None, 0.0, unit="nats", combine=per_token)
+        loss = Metric("token_loss", "seen", unchanged, False, None, 0.0, unit="nats", combine=per_token)
         if split == "dev":
             return [loss]
         return [
             *caption_scores.METRICS,
             loss,
-            Metric("text_ppl", "text", _same, False, float(len(prepared.words)), 1.0, unit="", combine=perplexity),
-            Metric("next_word", "text", _same, True, None, 100.0, combine=accuracy),
+            Metric("text_ppl", "text", unchanged, False, float(len(prepared.words)), 1.0, unit="", combine=perplexity),
+            Metric("next_word", "text", unchanged, True, None, 100.0, combine=accuracy),
         ]
 
     def parts(self, model):
@@ -415,10 +415,6 @@ def _texts(examples: list[Example], words: Words) -> Texts:
         row[: len(question) + len(text) + 1] = [*question, *text, words.end]
     first = np.cumsum([0] + [len(e.captions) for e in examples])
     return Texts(ids, lengths, np.array([len(q) for q in asked]), first)
-
-
-def _same(values: np.ndarray) -> np.ndarray:
-    return values.astype(float)
 
 
 def per_token(sums: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from effbench.errors import DataNotFound, EffbenchError
 from effbench.task import Data, DataRequest, Example, Task
@@ -34,6 +35,11 @@ class Resolved:
     source: Task
     stood_in: bool = False
     looked: str = ""
+
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """Protocol values for these data where the user says nothing; how a task writes is apart from them."""
+        return {name: value for name, value in self.source.recommended.items() if name != "captioning"}
 
 
 @dataclass

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from effbench import randomness
-from effbench.arms import settled, testing_model, trainer
+from effbench.arms import owner, settled, testing_model
 from effbench.economics import look_steps
 from effbench.engine import optimiser
 from effbench.lockstep import Arm, Batch
@@ -66,8 +66,8 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
         testing *= len(protocol.seeds) * sizes["test"] / few
         training = _training(experiment, trains[plan.name]) if plan.name in trains else 0.0
         total += testing + timing + training
-        weights = trainer(plan, experiment.plans).name
-        own = "itself" if plan.name in trains else weights if weights in trains else "baseline" if trains else "nobody"
+        weights = owner(plan, experiment.plans, trains)
+        own = "itself" if plan.name in trains else weights if trains else "nobody"
         rows.append(
             [
                 plan.name,

@@ -20,6 +20,7 @@ from effbench import calibration_set, engine, randomness, results, store
 from effbench.arms import (
     CONTROLS,
     ArmPlan,
+    owner,
     plan_arms,
     settled,
     testing_model,
@@ -296,9 +297,9 @@ class Experiment:
         arms = []
         for plan in self.plans:
             weights = trainer(plan, self.plans)
-            owner = weights.name if trained and weights.name in trained["arms"] else "baseline"
-            error = trained["errors"].get(owner, "") if trained and owner != "baseline" else ""
-            state = trained["arms"][owner]["state"] if trained else {}
+            whose = owner(plan, self.plans, trained["arms"] if trained else ())
+            error = trained["errors"].get(whose, "") if trained and whose != "baseline" else ""
+            state = trained["arms"][whose]["state"] if trained else {}
             randomness.seed_all(seed)
             model = torch.nn.Identity()
             plan = with_choices(plan, self.settled.get((weights.name, seed), weights))

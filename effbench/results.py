@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from effbench import calibrate, decode_figures, quality, records, speeds, versus
-from effbench.arms import judges, trainer
+from effbench.arms import judges, owner
 from effbench.budget import is_rung, saves
 from effbench.economics import economics
 from effbench.examine import eases, examine, memory
@@ -62,8 +62,7 @@ def record(
         else:
             own = training.get(arm.name)
             if trained and own is None:
-                owner = trainer(experiment.plan(arm.name), experiment.plans).name
-                facts["trained_by"] = owner if owner in training else "baseline"
+                facts["trained_by"] = owner(experiment.plan(arm.name), experiment.plans, training)
             seen, parts[arm.name] = examine(experiment, arm, own)
             probed, notes = memory(experiment, arm.plan, own)
             facts |= seen | probed
@@ -81,8 +80,8 @@ def record(
             facts |= _promise(facts, base)
             masked = _masked(arm.plan, facts, base)
             facts["structure"] = facts["structure"].model_copy(update=dict(masked_tokens=bool(masked)))
-            if (owner := facts.get("trained_by", "baseline")) != "baseline":
-                notes.append(f"has the weights that {owner} trained")
+            if (whose := facts.get("trained_by", "baseline")) != "baseline":
+                notes.append(f"has the weights that {whose} trained")
             facts["notes"] = (*facts["notes"], *notes, *([masked] if masked else []))
         found.append(records.Arm(**facts))
         live.advance(place + 1)

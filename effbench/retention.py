@@ -15,7 +15,7 @@ import torch
 from effbench import captioner_base
 from effbench.captioning import Captioning, Prepared, per_token
 from effbench.errors import UsageError
-from effbench.task import Data, Items, Metric
+from effbench.task import Data, Items, Metric, unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,12 +89,8 @@ class Retention(Captioning):
         return [
             found["text_ppl"],
             replace(found["text_ppl"], name="text_ppl_before", items="before"),
-            Metric("text_change", "change", _same, False, None, None, unit="nats", combine=per_token),
+            Metric("text_change", "change", unchanged, False, None, None, unit="nats", combine=per_token),
             found["next_word"],
             replace(found["next_word"], name="next_word_before", items="before"),
             found["token_loss"],
         ]
-
-
-def _same(values: np.ndarray) -> np.ndarray:
-    return values.astype(float)

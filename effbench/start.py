@@ -144,7 +144,7 @@ def run(
         asked = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, train=train)
         given = {name: value for name, value in asked.items() if value is not None}
         protocol = _protocol(
-            {k: v for k, v in found.source.recommended.items() if k != "captioning"} | given,
+            found.recommended | given,
             captioning=options,
             precision=precision,
             image_size=tower.image_size,

@@ -110,7 +110,7 @@ def _experiments(
         image_size=options.get("image_size"),
     )
     held = {name: value for name, value in options.items() if name in Protocol.model_fields and name != "device"}
-    held = {k: v for k, v in found.source.recommended.items() if k != "captioning"} | held
+    held = found.recommended | held
     held["captioning"] = captioning_options(found, options.get("captioning"), backbone.name)
     protocol = Protocol(**held | dict(image_size=tower.image_size))
     found.task.set_apart(found.data, protocol)

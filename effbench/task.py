@@ -107,6 +107,11 @@ class Metric:
     optional: bool = False
 
 
+def unchanged(scores: np.ndarray) -> np.ndarray:
+    """The `value` of a metric that takes its items' scores as they are."""
+    return scores.astype(float)
+
+
 @dataclass(frozen=True)
 class Items:
     """Per-item scores and the group (test image) that each belongs to; a group is resampled as a whole.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from effbench.errors import UsageError
 from effbench.models.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -58,6 +59,22 @@ def untrained(part: Part, way: str) -> list[nn.Parameter]:
         return [part]
     trained = {id(p) for p in (biases(part) if way == "bitfit" else norms(part))}
     return [p for p in part.parameters() if id(p) not in trained]
+
+
+def number(method: str, tower: Tower | Decoder, layers: int | None, share: float) -> int:
+    """How many blocks `layers` or else `share` asks for, at least one.
+
+    Raises:
+        UsageError: more than there are.
+    """
+    if layers is None:
+        return max(1, int(share * len(tower) + 0.5))
+    if layers > len(tower):
+        raise UsageError(
+            f"{method}: layers={layers}, but this {tower.name} has {len(tower)} {unit(tower)}s",
+            f"layers takes 1 to {len(tower)} here",
+        )
+    return layers
 
 
 def unit(tower: Tower | Decoder) -> str:

@@ -9,7 +9,7 @@ from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.method import Method, TrainingPlan, param
 from effbench.models.decoder import Decoder
 from effbench.models.tower import image_tower
-from effbench_methods._tuned_parts import biases, head_is_stem, stem, unit, untrained
+from effbench_methods._tuned_parts import biases, head_is_stem, number, stem, unit, untrained
 from effbench_methods.algorithms.adapters import add_adapters, merge_adapters
 from effbench_methods.algorithms.layer_choice import PLACES, best, by_place
 from effbench_methods.algorithms.layer_scores import SCORED, scores
@@ -143,7 +143,7 @@ class LayerTune(Method):
 
     def _highest(self, tower: Tower | Decoder, model: ModelView, calibration: CalibrationSet) -> tuple[int, ...]:
         """The blocks that score highest on calibration data."""
-        k = self._number(tower)
+        k = number("layer_tune", tower, self.layers, self.share)
         calibration.need(self.images, f"layer_tune:by={self.way}: images={self.images}")
         steps = 1 if calibration.thrifty else self.steps
         found = scores(self.way, tower, model, calibration, self.images, steps)
@@ -183,7 +183,7 @@ class LayerTune(Method):
                 "use by=layernorm, or lora=1",
             )
         if self.way == "lisa":
-            plan.each_step.append(in_turns(tower, self._number(tower), self.draws))
+            plan.each_step.append(in_turns(tower, number("layer_tune", tower, self.layers, self.share), self.draws))
             plan.plain_engine = "layer_tune:by=lisa, whose resting layers it would let decay and go on moving"
         kept = stem(tower)
         if not self._trains_stem:
@@ -273,17 +273,6 @@ class LayerTune(Method):
                 f"leave {what.partition('=')[0]} out, or use a captioning task, e.g. --task flickr8k_caption",
             )
 
-    def _number(self, tower: Tower | Decoder) -> int:
-        """How many blocks are trained."""
-        if self.layers is None:
-            return max(1, int(self.share * len(tower) + 0.5))
-        if self.layers > len(tower):
-            raise UsageError(
-                f"layer_tune: layers={self.layers}, but this {tower.name} has {len(tower)} {unit(tower)}s",
-                f"layers takes 1 to {len(tower)} here",
-            )
-        return self.layers
-
     def _chosen(self, tower: Tower | Decoder) -> tuple[int, ...]:
         """The blocks of which something is trained."""
         if self.way in ("head", "frozen"):
@@ -291,7 +280,7 @@ class LayerTune(Method):
         if self.way in (*WHOLE, "lisa"):
             return tuple(range(len(tower)))
         if self.way != "list":
-            return by_place(self.way, len(tower), self._number(tower))
+            return by_place(self.way, len(tower), number("layer_tune", tower, self.layers, self.share))
         if self.at[-1] >= len(tower):
             raise UsageError(
                 f"layer_tune: at={self.at[-1]}, but this {tower.name} has {unit(tower)}s 0 to {len(tower) - 1}",

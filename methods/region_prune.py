@@ -9,6 +9,7 @@ import torch
 
 from effbench.errors import UsageError
 from effbench.method import Method, param
+from effbench_methods._tuned_parts import number
 from effbench_methods.algorithms.layer_choice import PLACES, by_place
 from effbench_methods.algorithms.layer_importance import angular_distance
 
@@ -92,24 +93,13 @@ class RegionPrune(Method):
         if tuned and len(tuned) < len(decoder):
             return tuned, f"the tuned {named(tuned)}"
         why = "" if tuned is None else " (all layers were tuned)" if tuned else " (no layer was tuned)"
-        own = self.at or by_place(self.by, len(decoder), self._number(decoder))
+        own = self.at or by_place(self.by, len(decoder), number("region_prune", decoder, self.layers, self.share))
         if own[-1] >= len(decoder):
             raise UsageError(
                 f"region_prune: layer {own[-1]} does not exist: {decoder.name} has layers 0 to {len(decoder) - 1}",
                 "choose other layers with at=",
             )
         return own, f"the region of {named(own)}{why}"
-
-    def _number(self, decoder: Decoder) -> int:
-        """Layers of the region that training does not name."""
-        if self.layers is None:
-            return max(1, int(self.share * len(decoder) + 0.5))  # as layer_tune rounds
-        if self.layers > len(decoder):
-            raise UsageError(
-                f"region_prune: layers={self.layers}, but this {decoder.name} has {len(decoder)} layers",
-                f"layers takes 1 to {len(decoder)} here",
-            )
-        return self.layers
 
     def controls(self) -> dict[str, Method]:
         """As many layers outside the same region, chosen blindly."""

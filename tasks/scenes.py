@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import partial
 
 from effbench.alignment import Alignment
@@ -29,11 +30,23 @@ class Scenes(Alignment):
         Raises:
             UsageError: a path was given, where there is nothing to read.
         """
-        if request.path is not None:
-            raise UsageError(f"scenes are drawn, not read from {request.path}", "leave --data out")
-        splits = {split: examples(split, count) for split, count in SIZES.items()}
-        origin = f"drawn by effbench from seed {SEED}"
-        return Data("scenes", splits, fingerprint(splits), origin, synthetic=True)
+        return drawn(request, examples)
+
+
+def drawn(request: DataRequest, examples: Callable[[str, int], list[Example]]) -> Data:
+    """The data of a task on scenes.
+
+    Args:
+        examples: gives so many examples of a split.
+
+    Raises:
+        UsageError: a path was given, where there is nothing to read.
+    """
+    if request.path is not None:
+        raise UsageError(f"scenes are drawn, not read from {request.path}", "leave --data out")
+    splits = {split: examples(split, count) for split, count in SIZES.items()}
+    origin = f"drawn by effbench from seed {SEED}"
+    return Data("scenes", splits, fingerprint(splits), origin, synthetic=True)
 
 
 def examples(split: str, count: int) -> list[Example]:
@@ -53,10 +66,12 @@ def examples(split: str, count: int) -> list[Example]:
 
 
 def fingerprint(splits: dict[str, list[Example]]) -> str:
-    """sha256 over all captions and the pixels of some pictures of each split (drawing depends on Pillow's version)."""
+    """sha256 over questions, captions and the pixels of some pictures of each split (drawing depends on Pillow)."""
     digest = hashlib.sha256()
     for split, listed in splits.items():
-        digest.update(json.dumps([split, [[e.name, e.captions] for e in listed]]).encode())
+        digest.update(
+            json.dumps([split, [[e.name, *filter(None, [e.questions]), e.captions] for e in listed]]).encode()
+        )
         for example in listed[:16]:
             digest.update(example.image().tobytes())
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from effbench.retention import Retention
 from effbench.task import Data, DataRequest
 from effbench_tasks.scenes import Scenes
+from effbench_tasks.scenes_caption import ScenesCaption
 
 
 class ScenesTextRetention(Retention):
@@ -12,12 +13,7 @@ class ScenesTextRetention(Retention):
 
     embedded = "scenes"
     learns = "ScenesCaption"
-    # as scenes_caption
-    recommended = {
-        **Retention.recommended,
-        "epochs": 8,
-        "captioning": dict(layers=4, width=128, image_tokens=36, max_tokens=20, new_tokens=15),
-    }
+    recommended = ScenesCaption.recommended
 
     def load(self, request: DataRequest) -> Data:
         return Scenes().load(request)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import partial
 
-from effbench.errors import UsageError
 from effbench.task import Data, DataRequest, Example
 from effbench.vqa import QuestionAnswering
 from effbench_tasks.drawing.questions import KINDS, ask
 from effbench_tasks.drawing.scene import draw, generator, sample
+from effbench_tasks.scenes import SEED, drawn
 
-SEED = 0
-SIZES = {"train": 2000, "dev": 500, "test": 500}
 THINGS = (1, 2, 3, 4)  # in a scene, equally often: "how many shapes are there" has no likeliest answer
 
 
@@ -38,11 +34,7 @@ class ScenesVqa(QuestionAnswering):
         Raises:
             UsageError: a path was given, where there is nothing to read.
         """
-        if request.path is not None:
-            raise UsageError(f"scenes are drawn, not read from {request.path}", "leave --data out")
-        splits = {split: examples(split, count) for split, count in SIZES.items()}
-        origin = f"drawn by effbench from seed {SEED}"
-        return Data("scenes", splits, fingerprint(splits), origin, synthetic=True)
+        return drawn(request, examples)
 
 
 def examples(split: str, count: int) -> list[Example]:
@@ -53,13 +45,3 @@ def examples(split: str, count: int) -> list[Example]:
         Example(partial(draw, scene), tuple(a for _, a in pairs), f"{split}-{index}", tuple(q for q, _ in pairs))
         for index, (scene, pairs) in enumerate(zip(scenes, asked, strict=True))
     ]
-
-
-def fingerprint(splits: dict[str, list[Example]]) -> str:
-    """sha256 over all questions and answers and the pixels of some pictures of each split."""
-    digest = hashlib.sha256()
-    for split, listed in splits.items():
-        digest.update(json.dumps([split, [[e.name, e.questions, e.captions] for e in listed]]).encode())
-        for example in listed[:16]:
-            digest.update(example.image().tobytes())
-    return digest.hexdigest()

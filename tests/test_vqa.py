@@ -22,7 +22,8 @@ from effbench.task import Data, DataRequest, Example
 from effbench.vqa import QuestionAnswering, same
 from effbench_tasks.drawing.questions import EACH, KINDS, NUMBERS
 from effbench_tasks.drawing.scene import COLOURS, PLACES, RADII, SHAPES, Scene
-from effbench_tasks.scenes_vqa import ScenesVqa, fingerprint
+from effbench_tasks.scenes import fingerprint
+from effbench_tasks.scenes_vqa import ScenesVqa
 
 OPTIONS = records.Captioning(layers=2, width=32, image_tokens=4, stages=(), max_tokens=3, new_tokens=2)
 ANSWERS = [place for row in PLACES for place in row] + list(COLOURS) + list(NUMBERS)

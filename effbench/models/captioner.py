@@ -200,6 +200,10 @@ class Captioner(nn.Module):
         """What stands before a text where there is no image, embedded (texts, tokens, width)."""
         return self.language.embed(self.start).expand(texts, -1, -1)
 
+    def has_image(self, prefix: Tensor) -> bool:
+        """Whether what stands before a text, embedded (batch, tokens, width), holds image tokens."""
+        return prefix.shape[1] > len(self.before) + len(self.after)
+
     def losses(self, prefix: Tensor, owner: Tensor, tokens: Tensor, target: Tensor) -> Tensor:
         """Of each text the sums that `token_losses` gives, (texts, 3); texts of one prefix share its keys and values.
 
@@ -209,8 +213,7 @@ class Captioner(nn.Module):
         """
         self.language.part = "prefill"
         cache = new_cache(self.language)
-        image = prefix.shape[1] > len(self.before) + len(self.after)
-        first = self.language(prefix, prefix.shape[1] - 1, cache, image=image)[:, 0]
+        first = self.language(prefix, prefix.shape[1] - 1, cache, image=self.has_image(prefix))[:, 0]
         if not torch.equal(owner, torch.arange(len(prefix), device=owner.device)):
             cache.reorder_cache(owner)
         there = target != IGNORE
@@ -218,7 +221,9 @@ class Captioner(nn.Module):
         words = self.language.embed(tokens[:, :-1]).to(prefix.dtype)
         rest = first[:0]
         if len(later):
-            rest = self.language(words, cache=cache, take=there[:, 1:].flatten().nonzero()[:, 0], image=image)
+            rest = self.language(
+                words, cache=cache, take=there[:, 1:].flatten().nonzero()[:, 0], image=self.has_image(prefix)
+            )
         wanted = torch.cat([target[at_once, 0], target[:, 1:][there[:, 1:]]])
         logits = torch.cat([first[owner[at_once]], rest])
         return token_losses(logits, wanted, torch.cat([at_once, later]), len(tokens))
@@ -231,8 +236,7 @@ class Captioner(nn.Module):
         """
         words = self.language.embed(tokens[:, :-1]).to(prefix.dtype)
         self.language.part = "prefill"
-        image = prefix.shape[1] > len(self.before) + len(self.after)
-        return self.language(torch.cat([prefix, words], dim=1), first=prefix.shape[1] - 1, image=image)
+        return self.language(torch.cat([prefix, words], dim=1), first=prefix.shape[1] - 1, image=self.has_image(prefix))
 
     def loss(self, prefix: Tensor, tokens: Tensor, target: Tensor) -> Tensor:
         """Mean cross entropy over the tokens of a batch that are to be predicted.
@@ -248,7 +252,7 @@ class Captioner(nn.Module):
             text = prefix.shape[1] - 1
             around = len(self.before), prefix.shape[1] - len(self.after)
             lengths = (target != IGNORE).long().flip(1).cumsum(dim=1).gt(0).sum(dim=1)  # up to the last target
-            self.language.span = Span(around if around[0] < around[1] else (0, 0), text, text + lengths - 1)
+            self.language.span = Span(around if self.has_image(prefix) else (0, 0), text, text + lengths - 1)
             logits = self.logits(prefix, tokens)
         return F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), ignore_index=IGNORE)
 
