@@ -27,7 +27,8 @@ from effbench.lockstep import Arm, turn
 from effbench.measure.clock import Clock
 from effbench.measure.placement import place_anew
 from effbench.method import TrainingPlan
-from effbench.models.captioner import IGNORE, Captioner, PooledLinear
+from effbench.models.captioner import IGNORE, Captioner
+from effbench.models.connectors import PooledLinear
 from effbench.models.language import tiny
 from effbench.models.tower import ModelView
 from effbench.models.vocabulary import Vocabulary

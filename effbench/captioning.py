@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from effbench import caption_scores, captioner_base
 from effbench.errors import InvalidError, UsageError
 from effbench.models.backbones import digest
-from effbench.models.captioner import IGNORE, Captioner, PooledLinear
+from effbench.models.captioner import IGNORE, Captioner
+from effbench.models.connectors import PooledLinear
 from effbench.models.decoding import generate
 from effbench.models.language import CONTEXT, Words, check_width, pretrained, reference, tiny
 from effbench.models.vocabulary import Vocabulary
@@ -44,12 +45,16 @@ class Recipe:
     Args:
         words: size of the vocabulary; start, end: the ids around a text.
         base: file of weights that all arms start from; "" for none.
+        longest: tokens of the longest training sample, those of its image included.
+        second: training images have captions of a second source.
     """
 
     words: int
     start: int
     end: int
     base: str = ""
+    longest: int = 0
+    second: bool = False
 
 
 @dataclass
@@ -79,6 +84,8 @@ class Prepared:
         references: by split, the captions of each image.
         words: text to ids and back.
         base: file of the weights that all arms start from; None before they are made.
+        around: tokens of a sample before its text, those of its image included.
+        context: most tokens of a sequence of the decoder.
         decoder: tells apart the weights of a decoder that was not made here; "" for the tiny one.
         names: by split, of its images.
         synthetic: the images are drawn: METEOR and SPICE, which know English, have nothing to say of their captions.
@@ -93,6 +100,8 @@ class Prepared:
     mean: Tensor
     std: Tensor
     fingerprint: str
+    around: int
+    context: int
     base: Path | None = None
     decoder: str = ""
     names: dict[str, list[str]] = field(default_factory=dict)
@@ -118,6 +127,8 @@ class Captioning(Task):
     writes = True
     #: what a text is
     text: ClassVar[str] = "caption"
+    #: whether examples may stand before a query (see `effbench.fewshot`)
+    few_shot: ClassVar[bool] = False
     #: name of the task whose training is the very same: both share the base that arms start from; empty for its own
     learns: ClassVar[str] = ""
     recommended = {"train": "locked", "epochs": 14, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.05}
@@ -134,11 +145,19 @@ class Captioning(Task):
 
     def prepare(self, data: Data, backbone: Backbone, protocol: Protocol, progress) -> Prepared:
         options = protocol.captioning
+        if options.shots and not self.few_shot:
+            raise UsageError(
+                f"--shots {'/'.join(map(str, options.shots))}: this task puts no examples before its queries",
+                "use a few-shot task, e.g. --task flickr8k_fewshot",
+            )
         for split, examples in data.splits.items():
             _check(data.name, split, examples)
         captions = [c for e in data.apart["all"] for c in (*e.captions, *e.questions)]
         words, context, decoder = self._words(options, captions, backbone)
         texts = {name: _texts(each, words) for name, each in (*data.splits.items(), *data.apart.items())}
+        if all(example.synthetic for example in data.splits["train"]):
+            second = [replace(e, captions=e.synthetic, questions=()) for e in data.splits["train"]]
+            texts["synthetic"] = _texts(second, words)
         _check_words(words, texts["tuning"], options.decoder)
         longest = {name: int(each.lengths.max()) for name, each in texts.items()}
         name = max(longest, key=longest.__getitem__)
@@ -152,7 +171,8 @@ class Captioning(Task):
                 f"{what}, and beside {image} image tokens the decoder's context of {context} has room for {room}",
                 "shorten it, or use fewer --image-tokens",
             )
-        whole = Data(data.name, data.splits | dict(train=data.apart["tuning"]), data.fingerprint, data.origin)
+        splits = data.splits | dict(train=data.apart["tuning"])
+        whole = Data(data.name, splits, data.fingerprint, data.origin, notes=data.notes)
         place = {id(example): i for i, example in enumerate(data.apart["tuning"])}
         rows = {split: np.arange(len(examples)) for split, examples in data.splits.items()}
         rows["train"] = np.array([place[id(example)] for example in data.splits["train"]])
@@ -167,6 +187,8 @@ class Captioning(Task):
             mean * 255,
             std * 255,
             data.fingerprint,
+            image if options.decoder == "own" else image + 1,
+            context,
             decoder=decoder,
             names={split: [example.name for example in examples] for split, examples in data.splits.items()},
             synthetic=data.synthetic,
@@ -198,8 +220,10 @@ class Captioning(Task):
         return f"the base that all arms start from, which is made once: {named}" if named else ""
 
     def recipe(self, prepared: Prepared) -> Recipe:
-        words = prepared.words
-        return Recipe(len(words), words.start, words.end, str(prepared.base or ""))
+        words, texts = prepared.words, prepared.texts
+        longest = max(int(texts[name].lengths.max()) for name in ("train", "synthetic") if name in texts)
+        base = str(prepared.base or "")
+        return Recipe(len(words), words.start, words.end, base, prepared.around + longest, "synthetic" in texts)
 
     def build(self, recipe: Recipe, backbone: Backbone, protocol: Protocol) -> nn.Module:
         options = protocol.captioning
@@ -222,7 +246,8 @@ class Captioning(Task):
         return self._based(Captioner(tower, connector, language, (), (recipe.start,), recipe.end, options), recipe)
 
     def _based(self, model: Captioner, recipe: Recipe) -> Captioner:
-        """The model with the weights that all arms start from."""
+        """The model with the weights that all arms start from, and what methods may ask of its training samples."""
+        model.longest, model.second = recipe.longest, recipe.second
         if recipe.base:
             captioner_base.load(model, Path(recipe.base))
         return model
@@ -236,11 +261,19 @@ class Captioning(Task):
             rows = rng.integers(texts.first[index], texts.first[np.asarray(index) + 1])
             owner = np.arange(len(index))
         batch = text_batch(texts, rows) | dict(owner=torch.from_numpy(owner))
+        if rng is not None and split == "train" and "synthetic" in prepared.texts:
+            second = prepared.texts["synthetic"]
+            other = text_batch(second, rng.integers(second.first[index], second.first[np.asarray(index) + 1]))
+            batch |= {f"synthetic_{key}": value for key, value in other.items()}
         if pixels:
-            kind = split if split in prepared.pixels else "train"
-            image = torch.from_numpy(prepared.pixels[kind][prepared.rows[split][index]])
-            batch["image"] = torch.sub(image, prepared.mean).div_(prepared.std)
+            batch["image"] = self.images(prepared, split, index)
         return batch
+
+    def images(self, prepared: Prepared, split: str, index: np.ndarray) -> Tensor:
+        """Images of a split as the tower takes them (batch, 3, size, size)."""
+        kind = split if split in prepared.pixels else "train"
+        image = torch.from_numpy(prepared.pixels[kind][prepared.rows[split][index]])
+        return torch.sub(image, prepared.mean).div_(prepared.std)
 
     def features(self, model: Captioner, batch: dict[str, Tensor]) -> Tensor:
         """Pooled tokens of the image tower (images, image tokens, width)."""
@@ -248,6 +281,7 @@ class Captioning(Task):
 
     def loss(self, model: Captioner, batch: dict[str, Tensor]) -> Tensor:
         prefix = model.prefix(self.features(model, batch))
+        batch = batch if model.source is None else model.source(batch)
         return model.loss(of_each(prefix, batch["owner"]), batch["tokens"], batch["target"])
 
     def observe(self, model, batch):
@@ -265,6 +299,10 @@ class Captioning(Task):
         ids, _ = generate(model.language, prefix, options.max_tokens, model.end, beams=options.beams, mask=mask)
         return ids
 
+    def prompt(self, model: Captioner, batch: dict[str, Tensor]) -> Tensor:
+        """What stands before the text, or the question, of a timed step (images, tokens, width)."""
+        return model.prefix(self.features(model, batch))
+
     def serve(self, model, batch):
         return self._write(model, batch, model.options.new_tokens)
 
@@ -272,7 +310,7 @@ class Captioning(Task):
         return self._write(model, batch, 1)
 
     def _write(self, model: Captioner, batch: dict[str, Tensor], tokens: int) -> tuple[Tensor, int]:
-        prefix, mask = asked(model, model.prefix(self.features(model, batch)), batch)
+        prefix, mask = asked(model, self.prompt(model, batch), batch)
         return generate(model.language, prefix, tokens, model.end, beams=model.options.beams, exactly=True, mask=mask)
 
     def look(self, model, batch):
@@ -397,7 +435,8 @@ def _check_words(words: Words, texts: Texts, decoder: str) -> None:
     unknown = getattr(words, "unknown", None)
     if unknown is None:
         return
-    share = (texts.ids == unknown).sum() / texts.lengths.sum()
+    inside = np.arange(texts.ids.shape[1]) < texts.lengths[:, None]  # an unknown token of id 0 looks like padding
+    share = ((texts.ids == unknown) & inside).sum() / texts.lengths.sum()
     if share > FOREIGN:
         raise InvalidError(
             f"the tokenizer of {decoder} knows no token for {share:.0%} of the words of these texts",

@@ -1,7 +1,8 @@
 """Images decoded once into a memory-mapped file of uint8 pixels.
 
 File: the pixels of train, dev, test one after the other, each image (3, size, size); then a JSON trailer with a
-checksum for each block of images; then the trailer's length (8 bytes, little-endian) and `MAGIC`.
+checksum for each block of images and how many were upsampled; then the trailer's length (8 bytes, little-endian) and
+`MAGIC`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 def pixels(data: Data, size: int, progress: Progress = silent) -> dict[str, np.ndarray]:
     """The images of each split as a read-only memory map (images, 3, size, size), uint8, RGB.
 
-    They are decoded on first use and kept under `cache_dir()`; a damaged file is rebuilt, with a note in `data.notes`.
+    They are decoded on first use and kept under `cache_dir()`; a damaged file is rebuilt, with a note in `data.notes`,
+    which also says how many images were smaller and had to be upsampled.
 
     Raises:
         InvalidError: an image cannot be decoded; the message names it.
@@ -60,6 +62,11 @@ def pixels(data: Data, size: int, progress: Progress = silent) -> dict[str, np.n
             _build(file, data, size, progress)
     finally:
         lock.release()
+    if smaller := _trailer(file).get("upsampled", 0):
+        data.notes.append(
+            f"{smaller:,} of {sum(data.sizes().values()):,} images have fewer than {size} px along their shorter side "
+            "and are upsampled: they show no more than they would at that side"
+        )
     return _open(file, data, size)
 
 
@@ -120,15 +127,21 @@ def _build(file: Path, data: Data, size: int, progress: Progress) -> None:
     """
     examples = [example for split in data.splits.values() for example in split]
     part = file.with_suffix(".part")
-    checksums, count = [], _block(size)
+    checksums, count, smaller = [], _block(size), 0
+
+    def decoded(example: Example) -> tuple[np.ndarray, bool]:
+        image = open_image(example)
+        return crop(image, size), min(image.size) < size
+
     try:
         with open(part, "wb") as out, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for start in range(0, len(examples), count):
                 progress(f"decoding images to {size} px", start, len(examples))
-                block = np.stack(list(pool.map(lambda e: crop(open_image(e), size), examples[start : start + count])))
+                images, small = zip(*pool.map(decoded, examples[start : start + count]), strict=True)
+                block, smaller = np.stack(images), smaller + sum(small)
                 out.write(block.data)
                 checksums.append(zlib.crc32(block.data))
-            trailer = json.dumps({"crc32": checksums}).encode()
+            trailer = json.dumps({"crc32": checksums, "upsampled": smaller}).encode()
             out.write(trailer + len(trailer).to_bytes(8, "little") + MAGIC)
             out.flush()
             os.fsync(out.fileno())
@@ -162,6 +175,15 @@ def _damage(file: Path, data: Data, size: int) -> str:
         return "there was none"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"it could not be read ({error})"
+
+
+def _trailer(file: Path) -> dict:
+    """What the end of an undamaged file says."""
+    with open(file, "rb") as stream:
+        stream.seek(-16, os.SEEK_END)
+        length = int.from_bytes(stream.read(8), "little")
+        stream.seek(-16 - length, os.SEEK_END)
+        return json.loads(stream.read(length))
 
 
 def _crc32(file: Path, block: int, images: int, size: int) -> int:

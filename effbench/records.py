@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 SCHEMA_VERSION = 2
 
@@ -44,6 +44,21 @@ class Captioning(Model):
     beams: int = Field(1, ge=1, le=64, description="1: greedy")
     max_tokens: int = Field(24, ge=1, le=65536, description="most tokens of an answer")
     new_tokens: int = Field(20, ge=1, le=65536, description="tokens that a timed step writes, whatever they are")
+    shots: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = Field(
+        (), description="of a few-shot task, how many image-caption examples stand before a query: one pass for each"
+    )
+
+    @field_validator("shots")
+    @classmethod
+    def _each_once(cls, shots: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(shots)) < len(shots):
+            raise ValueError("a number of examples stands twice")
+        return tuple(sorted(shots))
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_asked(self, whole: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Envelopes of other tasks are what they were before there were few-shot tasks."""
+        return {key: value for key, value in whole(self).items() if key != "shots" or value}
 
 
 class Protocol(Model):

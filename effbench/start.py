@@ -262,6 +262,7 @@ CAPTIONING_OPTIONS = dict(
     beams="beams",
     max_tokens="max-tokens",
     new_tokens="new-tokens",
+    shots="shots",
 )
 
 

@@ -28,13 +28,15 @@ SPLITS = ("train", "dev", "test")
 class Example:
     """One image with its captions. `image` is a file or a picklable function that draws it (mode RGB).
 
-    `questions` are what the captions answer, one each; empty where nothing is asked.
+    `questions` are what the captions answer, one each; empty where nothing is asked. `synthetic` are captions of a
+    second source, which methods may train on; empty where there is none.
     """
 
     image: Path | Callable[[], Image.Image]
     captions: tuple[str, ...]
     name: str = ""
     questions: tuple[str, ...] = ()
+    synthetic: tuple[str, ...] = ()
 
 
 @dataclass

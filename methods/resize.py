@@ -15,6 +15,12 @@ class Resize(Method):
 
     The tower scales the images itself (bicubic, antialiased), so the time of it is the method's. It is also the control
     that every other way to spend fewer FLOPs has to beat (`ladder`).
+
+    A captioner's connector takes the smaller grid; where it has fewer patches than image tokens are pooled from them,
+    all of them go to the decoder as they are.
+
+    A side above --image-size has no more to show, so the quality there is not shown. Sides are compared downwards, from
+    --image-size as the largest; of photos that are smaller than that the record says how many there are.
     """
 
     source = "interpolated position embeddings: ViT, arXiv 2010.11929; image size matters most: MM1, arXiv 2403.09611"
@@ -38,7 +44,7 @@ class Resize(Method):
 
     def no_quality(self, model: ModelView) -> str:
         native = scaling(model.image.module).native
-        return f"upsampled above the photos' {native} px" if self.size > native else ""
+        return f"upsampled from images of {native} px" if self.size > native else ""
 
     @classmethod
     def ladder(cls, tower: Tower) -> list[Resize]:

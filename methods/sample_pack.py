@@ -99,7 +99,7 @@ class SampleLayout(Layout):
         self.register_buffer("counts", torch.zeros(6, dtype=torch.long))
 
     @torch.compiler.disable
-    def forward(self, lengths: np.ndarray) -> list[Rows]:
+    def forward(self, lengths: np.ndarray, prefix: int = 0) -> list[Rows]:
         found = self._packed(lengths) if self.method.layout == "pack" else self._in_buckets(lengths)
         if self.training:
             rows, used = (sum(n) for n in zip(*((len(r.sample), r.sample.size) for r in found), strict=True))

@@ -10,7 +10,7 @@ from functools import partial
 from effbench.alignment import Alignment
 from effbench.errors import UsageError
 from effbench.task import Data, DataRequest, Example
-from effbench_tasks.drawing.captions import captions
+from effbench_tasks.drawing.captions import captions, dense
 from effbench_tasks.drawing.scene import draw, generator, sample
 
 SEED = 0
@@ -49,8 +49,12 @@ def drawn(request: DataRequest, examples: Callable[[str, int], list[Example]]) -
     return Data("scenes", splits, fingerprint(splits), origin, synthetic=True)
 
 
-def examples(split: str, count: int) -> list[Example]:
-    """The first `count` scenes of a split, without those of which a caption was seen before."""
+def examples(split: str, count: int, synthetic: bool = False) -> list[Example]:
+    """The first `count` scenes of a split, without those of which a caption was seen before.
+
+    Args:
+        synthetic: each has a description of everything in it beside its captions.
+    """
     seen: set[str] = set()
     chosen: list[Example] = []
     index = 0
@@ -60,17 +64,23 @@ def examples(split: str, count: int) -> list[Example]:
         lines = captions(scene, rng)
         if seen.isdisjoint(lines):
             seen.update(lines)
-            chosen.append(Example(partial(draw, scene), lines, f"{split}-{index}"))
+            second = (dense(scene),) if synthetic else ()
+            chosen.append(Example(partial(draw, scene), lines, f"{split}-{index}", synthetic=second))
         index += 1
     return chosen
 
 
 def fingerprint(splits: dict[str, list[Example]]) -> str:
-    """sha256 over questions, captions and the pixels of some pictures of each split (drawing depends on Pillow)."""
+    """sha256 over questions, captions, those of a second source, and the pixels of some pictures of each split.
+
+    Drawing depends on Pillow.
+    """
     digest = hashlib.sha256()
     for split, listed in splits.items():
         digest.update(
-            json.dumps([split, [[e.name, *filter(None, [e.questions]), e.captions] for e in listed]]).encode()
+            json.dumps(
+                [split, [[e.name, *filter(None, [e.questions, e.synthetic]), e.captions] for e in listed]]
+            ).encode()
         )
         for example in listed[:16]:
             digest.update(example.image().tobytes())

@@ -10,7 +10,8 @@ from effbench import records
 from effbench.examine import tokens_per_layer
 from effbench.measure.analytic import analytic_of, disagreement
 from effbench.measure.flops import flops, flops_of
-from effbench.models.captioner import IGNORE, Captioner, Language, PooledLinear
+from effbench.models.captioner import IGNORE, Captioner, Language
+from effbench.models.connectors import PooledLinear
 from effbench.models.decoding import generate
 from effbench.models.language import tiny as tiny_language
 from effbench.models.patch_tokens import TimmTokens

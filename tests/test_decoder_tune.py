@@ -17,7 +17,8 @@ from effbench.lockstep import Arm
 from effbench.measure.flops import flops_of
 from effbench.method import TrainingPlan
 from effbench.models import language
-from effbench.models.captioner import IGNORE, Captioner, Language, PooledLinear
+from effbench.models.captioner import IGNORE, Captioner, Language
+from effbench.models.connectors import PooledLinear
 from effbench.models.patch_tokens import TimmTokens
 from effbench.models.tower import view
 from effbench.spec import canonical, parse

@@ -16,7 +16,8 @@ from effbench.errors import InvalidError, UsageError
 from effbench.live import Live
 from effbench.measure.flops import flops
 from effbench.models import language
-from effbench.models.captioner import IGNORE, Captioner, PooledLinear
+from effbench.models.captioner import IGNORE, Captioner
+from effbench.models.connectors import PooledLinear
 from effbench.models.decoding import generate
 from effbench.models.patch_tokens import TimmTokens
 from effbench.models.tower import view

@@ -15,7 +15,8 @@ from effbench.calibration_set import CalibrationSet
 from effbench.errors import UsageError
 from effbench.method import Method
 from effbench.models import language
-from effbench.models.captioner import IGNORE, Captioner, PooledLinear
+from effbench.models.captioner import IGNORE, Captioner
+from effbench.models.connectors import PooledLinear
 from effbench.models.decoding import generate
 from effbench.models.patch_tokens import TimmTokens
 from effbench.models.tower import view

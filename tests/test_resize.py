@@ -111,7 +111,7 @@ def test_the_ladder_holds_every_smaller_size(make):
 
 def test_upsampling_is_said():
     model = view(vit())
-    for size, said in ((40, "upsampled above the photos' 32 px"), (24, "")):
+    for size, said in ((40, "upsampled from images of 32 px"), (24, "")):
         method = Resize(size)
         method.edit_model(model)
         assert method.no_quality(model) == said

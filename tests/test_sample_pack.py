@@ -15,7 +15,8 @@ from effbench.arms import ArmPlan, trained_state, training_model
 from effbench.calibration_set import of_inputs
 from effbench.errors import UsageError
 from effbench.models import language
-from effbench.models.captioner import IGNORE, Captioner, Language, PooledLinear
+from effbench.models.captioner import IGNORE, Captioner, Language
+from effbench.models.connectors import PooledLinear
 from effbench.models.sequences import logits_in_rows
 from effbench.spec import parse
 from effbench_methods.algorithms.packing import pack, tightest

@@ -15,7 +15,8 @@ from effbench.captioning import _texts, asked, of_each, text_batch
 from effbench.datasets import check
 from effbench.errors import InvalidError, UsageError
 from effbench.models import language
-from effbench.models.captioner import IGNORE, Captioner, PooledLinear
+from effbench.models.captioner import IGNORE, Captioner
+from effbench.models.connectors import PooledLinear
 from effbench.models.patch_tokens import TimmTokens
 from effbench.models.vocabulary import Vocabulary
 from effbench.task import Data, DataRequest, Example

@@ -143,6 +143,14 @@ def run(
             min=1, help="Tokens that a timed step writes; default: the task's, else 20.", rich_help_panel=Writing
         ),
     ] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N/N/...",
+            help="Examples before a query, of a few-shot task: one quality pass for each; default: 0/2/4/8.",
+            rich_help_panel=Writing,
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; default: all cores.", rich_help_panel=Timing)
     ] = None,
@@ -239,6 +247,7 @@ def run(
             beams=beams,
             max_tokens=max_tokens,
             new_tokens=new_tokens,
+            shots=None if shots is None else tuple(shots.replace(",", "/").split("/")),
         ),
         threads=threads,
         timing_batch=timing_batch,

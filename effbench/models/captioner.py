@@ -5,7 +5,6 @@ A sequence is [before] [image tokens] [after] [text]; the language model predict
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 
 from effbench.models.decoding import new_cache
 from effbench.models.sequences import Layout, logits_in_rows
+from effbench.models.shortening import left_of, tokens_read
 
 if TYPE_CHECKING:
+    from effbench.models.shortening import Shortener
     from effbench.records import Captioning
 
 IGNORE = -100  # a target that no token has to meet
@@ -36,6 +37,24 @@ class Span(NamedTuple):
     ends: Tensor
 
 
+class Shots(NamedTuple):
+    """Examples that stand before a query, each [before] [image tokens] [after] caption [end].
+
+    Args:
+        tokens: embedded (1, tokens, width); image: (tokens,) which of them are image tokens.
+        ends: how many tokens the first n examples have, n from 0 on.
+    """
+
+    tokens: Tensor
+    image: Tensor
+    ends: tuple[int, ...]
+
+    def first(self, count: int) -> Shots | None:
+        """The first `count` of them; None for none."""
+        end = self.ends[count]
+        return Shots(self.tokens[:, :end], self.image[:end], self.ends[: count + 1]) if count else None
+
+
 class Language(nn.Module):
     """A causal language model of transformers: its body, and the head that gives logits.
 
@@ -47,6 +66,8 @@ class Language(nn.Module):
     Attributes:
         part, rest: what the time of a step, and of what follows it, counts as (see `effbench.measure.split.Split`).
         span: of the padded sequences that a loss was last asked of; None of packed ones.
+        places: (tokens,) which tokens of the prompt that was made last are image tokens.
+        shortener: removes image tokens while a prompt is read; None without such a method.
     """
 
     def __init__(self, body: nn.Module, head: nn.Module, grid: tuple[int, int, int] | None = None) -> None:
@@ -56,6 +77,8 @@ class Language(nn.Module):
         self.grid = grid
         self.part, self.rest = "prefill", "head"
         self.span: Span | None = None
+        self.places: Tensor | None = None
+        self.shortener: Shortener | None = None
 
     @property
     def width(self) -> int:
@@ -85,11 +108,15 @@ class Language(nn.Module):
             take: (n,) indices into the flattened tokens; then only their logits, (n, vocabulary).
             image: the sequences hold image tokens.
         """
-        if self.grid is not None and image:
-            if positions is None:
-                seen = 0 if cache is None else cache.get_seq_length()
-                positions = torch.arange(seen, seen + x.shape[1], device=x.device).expand(len(x), -1)
+        asked = x.shape[1] - first
+        in_grid = self.grid is not None and image
+        if positions is None and (in_grid or (cache is not None and left_of(cache))):
+            seen = 0 if cache is None else tokens_read(cache)
+            positions = torch.arange(seen, seen + x.shape[1], device=x.device).expand(len(x), -1)
+        if in_grid:
             positions = image_positions(positions, *self.grid)
+        if self.shortener is not None:
+            x, mask, positions = self.shortener.begin(x, self.places if image else None, cache, mask, positions)
         hidden = self.body(
             inputs_embeds=x,
             attention_mask=mask,
@@ -97,7 +124,10 @@ class Language(nn.Module):
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
-        return self.head(hidden[:, first:] if take is None else hidden.flatten(0, 1).index_select(0, take))
+        # counted from the end: image tokens may be gone, those that are asked for never are
+        return self.head(
+            hidden[:, hidden.shape[1] - asked :] if take is None else hidden.flatten(0, 1).index_select(0, take)
+        )
 
 
 def image_positions(positions: Tensor, first: int, rows: int, columns: int) -> Tensor:
@@ -118,32 +148,6 @@ def image_positions(positions: Tensor, first: int, rows: int, columns: int) -> T
     return torch.stack([torch.where(inside, first + along, text) for along in there])
 
 
-class PooledLinear(nn.Module):
-    """The simplest connector: a mean over squares of patches, then one linear layer (VILA, arXiv 2312.07533).
-
-    Args:
-        width, out: of the tower's and of the language model's tokens.
-        side: of the grid of pooled tokens; None leaves all patches.
-    """
-
-    def __init__(self, width: int, out: int, side: int | None) -> None:
-        super().__init__()
-        self.side = side
-        self.proj = nn.Linear(width, out)
-
-    def pool(self, tokens: Tensor) -> Tensor:
-        """(batch, patches, width) -> (batch, side x side, width); it has no parameters."""
-        patches = math.isqrt(tokens.shape[1])
-        if self.side is None or self.side**2 == tokens.shape[1] or patches**2 != tokens.shape[1]:
-            return tokens
-        grid = tokens.transpose(1, 2).unflatten(2, (patches, patches))
-        return F.adaptive_avg_pool2d(grid, self.side).flatten(2).transpose(1, 2)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Pooled tokens (batch, tokens, width) -> (batch, tokens, out)."""
-        return self.proj(tokens)
-
-
 class Captioner(nn.Module):
     """Writes text about an image.
 
@@ -158,6 +162,10 @@ class Captioner(nn.Module):
 
     Attributes:
         layout: how samples of a training batch are laid out in rows; None pads them.
+        source: replaces texts of a training batch by those of a second source; None leaves them.
+        second: the task offers texts of a second source.
+        longest: most tokens of a training sample, those of its image included; 0 where that is not known.
+        opening: tokens of `before` that open a whole sequence: they stand once, whatever the number of its images.
     """
 
     def __init__(
@@ -181,20 +189,51 @@ class Captioner(nn.Module):
         self.end = end
         self.options = options
         self.layout: Layout | None = None
+        self.source: nn.Module | None = None
+        self.second, self.longest = False, 0
+        self.opening = int(bool(before) and before[0] == start)
 
     def features(self, images: Tensor) -> Tensor:
         """Images -> pooled tokens of the tower (batch, image tokens, tower width); a frozen tower is asked once."""
         return self.connector.pool(self.image_encoder(images))
 
-    def prefix(self, features: Tensor) -> Tensor:
-        """Pooled tokens of the tower -> everything before the text, embedded (batch, tokens, width)."""
+    def prefix(self, features: Tensor, shots: Shots | None = None) -> Tensor:
+        """Pooled tokens of the tower -> everything before the text, embedded (batch, tokens, width).
+
+        Args:
+            shots: examples that stand before it.
+        """
         if not torch.is_autocast_enabled(features.device.type):  # what is kept of a frozen tower may be narrower
             features = features.to(self.language.embed(self.after[:1]).dtype)
         image = self.connector(features)
-        around = [
-            self.language.embed(ids).to(image.dtype).expand(len(image), -1, -1) for ids in (self.before, self.after)
-        ]
-        return torch.cat([around[0], image, around[1]], dim=1)
+        before = self.before if shots is None else self.before[self.opening :]
+        around = [self.language.embed(ids).to(image.dtype).expand(len(image), -1, -1) for ids in (before, self.after)]
+        places = torch.zeros(len(before) + image.shape[1] + len(self.after), dtype=torch.bool, device=image.device)
+        places[len(before) : len(before) + image.shape[1]] = True
+        earlier = []
+        if shots is not None:
+            earlier = [shots.tokens.to(image.dtype).expand(len(image), -1, -1)]
+            places = torch.cat([shots.image, places])
+        self.language.places = places
+        return torch.cat([*earlier, around[0], image, around[1]], dim=1)
+
+    def shots(self, features: Tensor, tokens: Tensor, lengths: Tensor) -> Shots:
+        """Examples as they stand before a query.
+
+        Args:
+            features: pooled tokens of the tower (examples, image tokens, tower width).
+            tokens: ids (examples, longest); lengths: (examples,) tokens of each caption, its end included.
+        """
+        prefix = self.prefix(features)
+        whole = torch.cat([prefix, self.language.embed(tokens).to(prefix.dtype)], dim=1)
+        image = torch.cat([self.language.places, self.language.places.new_zeros(tokens.shape[1])])
+        ends = [prefix.shape[1] + length for length in lengths.tolist()]
+        kept = [slice(self.opening if index else 0, end) for index, end in enumerate(ends)]
+        counts = [0]
+        for part in kept:
+            counts.append(counts[-1] + part.stop - part.start)
+        embedded = torch.cat([row[part] for row, part in zip(whole, kept, strict=True)])
+        return Shots(embedded[None], torch.cat([image[part] for part in kept]), tuple(counts))
 
     def starts(self, texts: int) -> Tensor:
         """What stands before a text where there is no image, embedded (texts, tokens, width)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from effbench.errors import UsageError
+from effbench.models.shortening import REFUSED, Choice, Shortener, place
 
 if TYPE_CHECKING:
     from effbench.models.captioner import Language
@@ -76,6 +78,33 @@ class Decoder:
             for part in layer.modules():
                 if hasattr(part, "layer_idx"):
                     part.layer_idx = index
+
+    def shorten(self, layer: int, choice: Choice) -> None:
+        """Let a choice remove image tokens before a layer (0-based; 0: before the decoder begins).
+
+        Raises:
+            UsageError: no such layer, nothing came before it to look at, or this decoder cannot be shortened.
+        """
+        if not 0 <= layer < len(self):
+            raise UsageError(
+                f"{choice.name}: layer {layer} does not exist: {self.name} has layers 0 to {len(self) - 1}",
+                "choose a lower layer",
+            )
+        if choice.watches and layer == 0:
+            raise UsageError(
+                f"{choice.name} looks at the attention of the layer before, and there is none before layer 0",
+                "use layer=1 or more",
+            )
+        windows = "sliding_attention" in (getattr(self.config, "layer_types", None) or ())
+        if windows or "position_embeddings" not in inspect.signature(type(self.blocks[0]).forward).parameters:
+            why = "it has sliding windows" if windows else "its layers are not given positions"
+            raise UsageError(f"{choice.name} cannot remove tokens inside a {self.name}: {why}", REFUSED)
+        language = self.language
+        if language.shortener is None:
+            language.shortener = Shortener(self.module, language.grid is not None)
+        if str(layer) in language.shortener.choices:
+            raise UsageError(f"{choice.name} acts before layer {layer} already", "apply it once")
+        place(language.shortener, self.module, self.blocks, layer, choice)
 
     def _kinds(self) -> dict[str, list[str]]:
         """What the configuration says of each layer, by name: the kind of its attention, of its MLP."""

@@ -20,6 +20,20 @@ def captions(scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
     )
 
 
+def dense(scene: Scene) -> str:
+    """Everything that is in a scene, in reading order, in the words of its captions: 20 to 36 of them.
+
+    It stands for the synthetic captions that a captioning model writes for training (VeCap in MM1, arXiv 2403.09611),
+    without such a model's errors.
+    """
+    listed = " and ".join(f"{_sized(thing)} {_where(thing)}" for thing in sorted(scene.things, key=_reading))
+    return f"{_count(scene)} on a {scene.texture} {scene.background} background with {listed}"
+
+
+def _reading(thing: Thing) -> tuple[int, int]:
+    return thing.row, thing.column
+
+
 def _thing(thing: Thing) -> str:
     return f"{'an' if thing.colour[0] in 'aeiou' else 'a'} {thing.colour} {thing.shape}"
 
