@@ -58,7 +58,7 @@ def features(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: 
         own = [arm for arm in arms if arm.name not in twins]
         for index, _ in steps(own, "features", 0, span, fetch, work, setting):
             if index == 0:
-                twins = _twins(arms, task, done)
+                twins = _twins(arms, task, {name: parts[0] for name, parts in done.items() if parts})
             setting.live.advance(index + 1, columns(own, setting))
             save(functools.partial(state, index))
     result = state(len(plan) - 1)
@@ -70,9 +70,13 @@ def features(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: 
     return result
 
 
-def _twins(arms: list[Arm], task: Task, done: dict[str, list[Tensor]]) -> dict[str, str]:
-    """The arms whose frozen tower is the very one of an arm before them, and that arm; never a control, which tells the
-    noise."""
+def _twins(arms: list[Arm], task: Task, first: dict[str, Tensor | None]) -> dict[str, str]:
+    """The arms whose frozen tower is the very one of an arm before them, and that arm; never noop or identity, which
+    tell the noise and the kernels.
+
+    Args:
+        first: features of the first batch by arm.
+    """
     found: dict[str, str] = {}
     towers = {arm.name: [m for part in task.locked(arm.model) for m in part.modules()] for arm in arms if not arm.error}
     kinds = {
@@ -81,10 +85,10 @@ def _twins(arms: list[Arm], task: Task, done: dict[str, list[Tensor]]) -> dict[s
     }
     owners: list[str] = []
     for arm in arms:
-        if arm.error or arm.plan.kind == "control":
+        if arm.error or arm.plan.control in ("noop", "identity") or first.get(arm.name) is None:
             continue
         name = arm.name
-        same = (o for o in owners if kinds[o] == kinds[name] and torch.equal(done[o][0], done[name][0]))
+        same = (o for o in owners if kinds[o] == kinds[name] and torch.equal(first[o], first[name]))
         if owner := next(same, None):
             found[name] = owner
         else:
@@ -118,7 +122,7 @@ def evaluate(arm: Arm, split: str, setting: Setting, sizes: dict[str, int]) -> d
 def test(
     arms: list[Arm], seed: int, setting: Setting, sizes: dict[str, int], partial: Partial | None, save: Save
 ) -> Partial:
-    """The quality pass: every arm predicts the whole test split.
+    """The quality pass: every arm predicts the whole test split. Arms with one image tower share what it gives.
 
     Returns:
         by arm under "items" and, but for the baseline, "agreement": by score, "values" and "group" tensors (see
@@ -127,23 +131,35 @@ def test(
     task, prepared = setting.task, setting.prepared
     plan = blocks("test", sizes["test"], setting.protocol.eval_batch)
     done: dict[str, list[Batch]] = {arm.name: [] for arm in arms}
+    twins: dict[str, str] = {}
+    found: dict[str, Tensor | None] = {}  # features of the batch at hand, by the first arm that has such a tower
     if partial:
         done = {name: [stored] if stored else [] for name, stored in partial["outputs"].items()}
+        twins = partial["twins"]
         restore(arms, partial)
 
     def fetch(index: int) -> Batch:
         return task.batch(prepared, *plan[index], None)
 
     def work(arm: Arm, batch: Batch, _: int) -> None:
+        owner = twins.get(arm.name, arm.name)
         with torch.inference_mode():
+            if owner not in found:
+                found[owner] = task.frozen_features(arm.model, batch["image"])
+            if found[owner] is not None:
+                batch["features"] = found[owner]
             done[arm.name].append({key: value.cpu() for key, value in task.predict(arm.model, batch).items()})
 
     def state(index: int) -> Partial:
-        return dict(index=index, outputs={name: joined(parts) for name, parts in done.items()}, **kept_state(arms))
+        outputs = {name: joined(parts) for name, parts in done.items()}
+        return dict(index=index, outputs=outputs, twins=twins, **kept_state(arms))
 
     start = partial["index"] + 1 if partial else 0
     setting.live.stage(f"quality on the test split, seed {seed}", len(plan), start=start)
     for index, _ in steps(arms, "quality", seed, range(start, len(plan)), fetch, work, setting):
+        if index == 0:
+            twins = _twins(arms, task, found)
+        found.clear()
         setting.live.advance(index + 1, columns(arms, setting))
         save(functools.partial(state, index))
     outputs = {arm.name: joined(done[arm.name]) for arm in arms if not arm.error}

@@ -1,4 +1,4 @@
-"""torch.compile: the blocks of each tower as one compiled graph."""
+"""torch.compile: the blocks of each tower as one compiled graph, and the layers of a decoder."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from effbench.calibration_set import CalibrationSet
 from effbench.errors import EffbenchError, UsageError
 from effbench.method import Method, param
 from effbench.models.tower import ModelView
-from effbench_methods.algorithms.bf16_linear import unpack_tower
-from effbench_methods.algorithms.tower_parts import towers, towers_asked_for
+from effbench_methods.algorithms.bf16_linear import unpack_layers, unpack_tower
+from effbench_methods.algorithms.tower_parts import captioner_parts, towers, towers_asked_for
 
-GRAPHS = 24  # that a tower may have, one per shape of its input; a run has about a dozen batch sizes
+PARTS = ("tower", "text", "connector", "decoder")
+GRAPHS = 24  # that a part may have, one per shape of its input; a run has about a dozen batch sizes
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class Compile(Method):
     What breaks the graph, or asks for more than 24 graphs, is an error: nothing runs uncompiled in silence. Every new
     batch size compiles in its first step, which a run times apart (`first_step`); Inductor's cache on disk makes it
     cheaper in the next process. A copy.deepcopy or pickle of a compiled model is an uncompiled one.
+
+    Of a captioner the tower's blocks, the connector and the decoder are compiled. The decoder's graphs always take any
+    number of texts and tokens: its cache grows with every word, and a graph for each length would be one for each word.
+    One reads a prompt and one goes on from a cache, with masks as many again, and one more for a batch of 1. Its whole
+    body is one graph: compiled layer by layer each layer would be a graph of its own, as its place in the cache is part
+    of it. The head, a single product, and the choice of words stay as they are, as does an image tower in a whole model
+    of transformers, whose blocks effbench does not run.
     """
 
     source = "Ansel et al., PyTorch 2, ASPLOS 2024, doi 10.1145/3620665.3640366"
@@ -34,12 +42,18 @@ class Compile(Method):
 
     mode: str = param("default", "torch.compile's mode", choices=("default", "max-autotune-no-cudagraphs"))
     dynamic: bool = param(False, "one graph for all batch sizes, instead of one for each")
-    target: tuple[str, ...] = param(("tower", "text"), "image tower, text tower or both", choices=("tower", "text"))
+    target: tuple[str, ...] = param(PARTS, "parts of the model that are compiled", choices=PARTS)
 
     def finish(self, model: ModelView, calibration: CalibrationSet) -> None:
         import torch._inductor.config as inductor
 
         asked = towers_asked_for(model, self.target, "compile").values()
+        others = {name: part for name, part in _others(model).items() if name in self.target}
+        if not asked and not others:
+            raise UsageError(
+                f"compile: target={'/'.join(self.target)} names no part of this model whose loop effbench runs",
+                "use target=connector/decoder",
+            )
         for tower in asked:
             if (layout := getattr(tower.module, "layout", None)) is not None:
                 raise UsageError(
@@ -52,22 +66,31 @@ class Compile(Method):
         inductor.compile_threads = 1  # worker processes would stand beside timed steps, and outlive the run
         for tower in asked:
             unpack_tower(tower)  # Inductor takes no weight in oneDNN's layout
-            loop = tower.loop
-            # nothing is compiled before the first call
-            loop.compile(
-                fullgraph=True, dynamic=self.dynamic, mode=mode, recompile_limit=GRAPHS, isolate_recompiles=True
-            )
-            loop._compiled_call_impl = Compiled(loop._compiled_call_impl)
+            _compile(tower.loop, self.dynamic, mode)
+        for name, part in others.items():
+            unpack_layers(part)
+            _compile(part, self.dynamic or name == "decoder", mode)
 
     def notes(self, model: ModelView) -> list[str]:
+        loops = [(tower.name, tower.loop) for tower in towers(model).values()]
         said = []
-        for tower in towers(model).values():
-            compiled = tower.loop._compiled_call_impl
+        for name, loop in [*loops, *((type(part).__name__, part) for part in _others(model).values())]:
+            compiled = loop._compiled_call_impl
             if isinstance(compiled, Compiled):
-                said.append(
-                    f"{tower.name}: {compiled.graphs} graphs compiled, in first steps of {compiled.seconds:.1f} s"
-                )
+                said.append(f"{name}: {compiled.graphs} graphs compiled, in first steps of {compiled.seconds:.1f} s")
         return said
+
+
+def _others(model: ModelView) -> dict[str, nn.Module]:
+    """What is compiled of a captioner beside its tower."""
+    parts = {} if model.decoder is None else captioner_parts(model)
+    return {name: part for name, part in parts.items() if name in ("connector", "decoder")}
+
+
+def _compile(module: nn.Module, dynamic: bool, mode: str | None) -> None:
+    """Let a module be compiled whole; nothing is before its first call."""
+    module.compile(fullgraph=True, dynamic=dynamic, mode=mode, recompile_limit=GRAPHS, isolate_recompiles=True)
+    module._compiled_call_impl = Compiled(module._compiled_call_impl)
 
 
 class Compiled:
@@ -99,7 +122,7 @@ def _said(error: Exception) -> tuple[str, str]:
     text = str(error)
     if type(error).__name__ == "FailOnRecompileLimitHit":
         return (
-            f"compile: more than {GRAPHS} graphs for one tower: the shapes inside change from batch to batch",
+            f"compile: more than {GRAPHS} graphs for one part: the shapes inside change from batch to batch",
             "use dynamic=true, or leave compile out of this stack",
         )
     reason = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")

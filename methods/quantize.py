@@ -1,4 +1,4 @@
-"""Quantisation: the linear layers of the towers on kernels that take few bits."""
+"""Quantisation: the linear layers of towers and decoders on kernels that take few bits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from effbench.errors import UsageError
 from effbench.method import Method, param
 from effbench_methods.algorithms.attention_written_out import bf16_on_cpu, write_out
 from effbench_methods.algorithms.attention_written_out import notes as notes_of_attention
-from effbench_methods.algorithms.bf16_linear import unpack_tower
+from effbench_methods.algorithms.bf16_linear import unpack_layers, unpack_tower
 from effbench_methods.algorithms.fused_gelu import gelus
 from effbench_methods.algorithms.int8_linear import Int8Linear
 from effbench_methods.algorithms.loss_gradients import evaluating
 from effbench_methods.algorithms.low_bit_weights import Fp8Linear, Int4WeightsLinear, Int8WeightsLinear, LowBitWeights
-from effbench_methods.algorithms.tower_parts import sides, towers
+from effbench_methods.algorithms.tower_parts import captioner_parts, sides, towers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,12 +42,13 @@ KERNELS = dict(
 )
 #: least cosine with the float layer for a kernel to be taken as right, on random numbers
 COSINE = dict(dynamic=0.999, static=0.999, weight_only=0.999, int4=0.99, fp8=0.99)
+PARTS = ("tower", "text", "connector", "decoder")
 NAMED = 3  # layers that a message names
 
 
 @dataclass(frozen=True)
 class Quantize(Method):
-    """Replace every linear layer of the towers by a low-bit one that really computes so.
+    """Replace every linear layer of towers and decoders by a low-bit one that really computes so.
 
     dynamic: int8 weights with a scale per output channel, int8 activations with a scale that each input tensor is
     looked through for; so an image's features depend on its batch by as much as rounding does. static: the same with
@@ -59,7 +60,11 @@ class Quantize(Method):
 
     dynamic and static: attention's own products run in bf16 on a CPU with such instructions, where a short timing shows
     them to be faster than torch's fused attention, and GELU moves into the kernel of the layer before it, which changes
-    no result. Patch embedding, token embeddings and OpenCLIP's projections that are bare parameters stay in floating
+    no result. Of a captioner image tower, connector and decoder are quantised. Its head, which gives the logits, is not
+    unless target names it: that is what LLM.int8() and GPTQ do, since its errors go into every word, and often
+    it is the token embedding too. Experts (mixture_of_experts) are no linear layers and stay in floating point.
+
+    Patch embedding, token embeddings and OpenCLIP's projections that are bare parameters stay in floating
     point.
     """
 
@@ -71,7 +76,7 @@ class Quantize(Method):
 
     kind: str = param("dynamic", "bits of weights and activations", choices=tuple(LIBRARIES))
     library: str = param(INT8, "whose kernels: torch's own or torchao's", choices=(INT8, TORCHAO))
-    target: tuple[str, ...] = param(("tower", "text"), "tower is the image tower", choices=("tower", "text"))
+    target: tuple[str, ...] = param(PARTS, "parts of the model; tower is the image tower", choices=(*PARTS, "head"))
     images: int = param(128, "training images that static looks at", low=1)
 
     def __post_init__(self) -> None:
@@ -99,6 +104,9 @@ class Quantize(Method):
         for name, tower in towers(model).items():
             if name in self.target:
                 unpack_tower(tower)
+        for name, part in (captioner_parts(model) if model.decoder is not None else {}).items():
+            if name in self.target:
+                unpack_layers(part)
         found = linears(model, self.target)
         if not found:
             raise UsageError(
@@ -135,6 +143,8 @@ class Quantize(Method):
         if layer is Int8Linear and "tower" in self.target and model.image is not None and bf16_on_cpu():
             write_out(model.image, "quantize", torch.float32, torch.bfloat16)
         for name, linear in fits.items():
+            if self.kind == "static" and name not in ranges:
+                continue
             new = Int8Linear(linear, ranges.get(name), linear in fused) if layer is Int8Linear else layer(linear)
             if linear in fused:
                 mlp, act = fused[linear]
@@ -150,12 +160,18 @@ class Quantize(Method):
         if self.library == TORCHAO:
             how = f"torchao int8 {'weights' if self.kind == 'weight_only' else 'weights and activations'}"
         left = ", ".join(f"{name} {count / whole:.1%}" for name, count in sorted(rest.items(), key=lambda r: -r[1])[:5])
-        said = [f"{len(low)} linear layers on {how}: {layers / whole:.1%} of the towers' weights"]
+        of = "the towers' weights" if model.decoder is None else "the weights there"
+        said = [f"{len(low)} linear layers on {how}: {layers / whole:.1%} of {of}"]
         if left:
             said[0] += f"; in floating point stay {left}"
+        if model.decoder is not None and "head" not in self.target:
+            said.append("the head that gives logits stays in floating point (target names it to quantise it too)")
         if unfit := list(linears(model, self.target)):
             names = ", ".join(unfit[:NAMED]) + (f" and {len(unfit) - NAMED} more" if len(unfit) > NAMED else "")
-            said.append(f"kind={self.kind} does not take the widths of {names}: left in floating point")
+            why = "does not take the widths of"
+            if all(takes(LAYERS[self.kind], linear) for linear in linears(model, self.target).values()):
+                why = "saw nothing enter"
+            said.append(f"kind={self.kind} {why} {names}: left in floating point")
         return said + notes_of_attention(model)
 
 
@@ -193,6 +209,8 @@ def seen_ranges(
     ranges = {}
     for name, observer in observers.items():
         if observer.min_val.isinf().any():
+            if hasattr(model, "language"):  # of a captioner's tower the library may use a part
+                continue
             raise UsageError(
                 f"quantize: kind=static: nothing entered {name} while calibrating",
                 "calibrate with all that the model takes, as tuples (images, texts), or target=tower",

@@ -223,7 +223,7 @@ def test_the_weight_is_in_memory_once():
         ("quantize:static,library=torchao", "library=torchao has no kind=static", "dynamic or weight_only"),
         ("quantize:fp8,library=torchao", "library=torchao has no kind=fp8", ""),
         ("quantize:target=", "names no tower", "target=tower"),
-        ("quantize:target=head", "target=head is not valid", ""),
+        ("quantize:target=heads", "target=heads is not valid", ""),
         ("quantize:images=64", "kind=dynamic looks at no training images", "kind=static"),
         ("quantize:static,images=0", "images=0 is not valid", ""),
         ("quantize:phase=train", "phase=train is not valid", ""),

@@ -152,6 +152,18 @@ def packed_linear(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
     return 2 * out_val.numel() * x.shape[-1]
 
 
+def grouped_product(a: Tensor, b: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
+    """Products of groups of rows, each with a matrix of its own (experts); or their gradient, (m, rows) x (rows, n)."""
+    if a.ndim == 3 and b.ndim == 2:  # groups of columns
+        return 2 * a[0].numel() * b.shape[-1]
+    return 2 * a.numel() * b.shape[-1]
+
+
+def grouped_product_backward(a: Tensor, b: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
+    """The gradients of both factors."""
+    return 2 * grouped_product(a, b, out_val=out_val)
+
+
 def recurrent(x: Tensor, *weights: Any, **_: Any) -> int:
     """A recurrent layer: every weight matrix once per step and sequence, (time, batch, width) or packed."""
     matrices = [w for w in (weights[0] if isinstance(weights[0], (list, tuple)) else weights[:2]) if w.ndim > 1]
@@ -222,6 +234,13 @@ FORMULAS |= {
     )
     if hasattr(aten, name)
 }
+if hasattr(aten, "_grouped_mm"):
+    FORMULAS[aten._grouped_mm] = grouped_product
+#: operations that transformers registers, by name
+NAMED: dict[str, Formula] = {
+    "transformers::grouped_mm_fallback": grouped_product,
+    "transformers::grouped_mm_fallback_backward": grouped_product_backward,
+}
 PACKED_LINEAR = re.compile(
     r"(quantized|onednn)::linear_(relu_)?dynamic_fp16|quantized::int4mm_packed_weight_cpu|mkldnn::_linear_pointwise"
 )
@@ -247,6 +266,8 @@ def formula_of(func: Any) -> Formula | None:
     """The formula of a dispatched operation; it takes the operation's arguments and `out_val`, its result."""
     packet = getattr(func, "_overloadpacket", func)
     formula = FORMULAS.get(packet) or flop_registry.get(packet)
+    if isinstance(func, torch._ops.OpOverload) and func._schema.name in NAMED:
+        return NAMED[func._schema.name]
     if isinstance(func, torch._ops.OpOverload) and PACKED_LINEAR.fullmatch(func._schema.name):
         return packed_linear
     if formula is None and str(packet).startswith("aten.") and str(packet).endswith("_"):

@@ -131,6 +131,28 @@ def _is_of_transformers(module: nn.Module) -> bool:
     return named and not inner and _heads(module) is not None
 
 
+def _transformers_experts(module: Any, inputs: list[Any], output: Any) -> list[Product]:
+    """The experts of transformers: x (tokens, width), and of each token the experts that it takes (tokens, active).
+
+    Weights are (experts, in, out) or (experts, out, in); the first, gated or not, makes what the last one takes.
+    """
+    x, chosen = inputs[:2]
+    first = next(name for name in ("gate_up_proj", "up_proj") if hasattr(module, name))
+    found, reached = [], x.requires_grad
+    for name in (first, "down_proj"):
+        weight = getattr(module, name)
+        found.append(Product(2 * chosen.numel() * weight[0].numel(), (weight.requires_grad, reached)))
+        reached = reached or weight.requires_grad
+    return found
+
+
+def _are_experts(module: nn.Module) -> bool:
+    """Experts of transformers that hold their weights in one tensor each."""
+    kind = type(module)
+    named = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("Experts")
+    return named and getattr(getattr(module, "down_proj", None), "ndim", 0) == 3
+
+
 def _transposed_linear(module: Any, inputs: list[Any], output: Any) -> list[Product]:
     """GPT-2's linear layer, whose weight is (in, out)."""
     flops = 2 * inputs[0].numel() * module.weight.shape[1]
@@ -209,6 +231,8 @@ FORMULAS: dict[str, Formula] = {
     "timm.models.eva.EvaAttention": _whole_self_attention,
     "timm.models.beit.Attention": _whole_self_attention,
     "timm.AttentionPoolLatent": _latent_pooling,
+    "effbench.models.connectors.AttentionPool": _latent_pooling,
+    "effbench.models.connectors.LatentAttention": _latent_pooling,
     "open_clip.transformer.Attention": _openclip_attention,
     "open_clip.transformer.VisionTransformer": _openclip_projection,
     "open_clip.transformer.TextTransformer": _openclip_projection,
@@ -222,6 +246,8 @@ def formula_of(module: nn.Module) -> Formula | None:
         for place in (kind.__module__, kind.__module__.partition(".")[0]):
             if (key := f"{place}.{kind.__name__}") in FORMULAS:
                 return FORMULAS[key]
+    if _are_experts(module):
+        return _transformers_experts
     return _transformers_attention if _is_of_transformers(module) else None
 
 

@@ -152,6 +152,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
                     # several numbers of less than a byte may share one
                     packed = isinstance(module, nn.Linear) and _low_bit(weight.dtype)
                     yield weight, module.in_features * module.out_features if packed else weight.numel()
+        elif type(module).__name__.endswith("Experts"):  # a tensor for the layers of all experts
+            yield from ((weight, weight.numel()) for weight in module.parameters(recurse=False) if weight.ndim == 3)
     for leaf in tree_leaves(model.state_dict()):  # torch.ao's
         if isinstance(leaf, Tensor) and leaf.is_quantized and leaf.ndim > 1:
             yield leaf, leaf.numel()

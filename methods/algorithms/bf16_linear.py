@@ -31,6 +31,21 @@ def pack_tower(tower: Tower) -> None:
         getattr(mlp, act).__class__ = GeluDoneBefore
 
 
+def pack_layers(part: nn.Module, model: nn.Module) -> None:
+    """Pack the linear layers of any part of a model, in place; a weight that it uses elsewhere too stays plain."""
+    held = [id(p) for m in model.modules() for p in m._parameters.values()]
+    for linear in part.modules():
+        if type(linear) is nn.Linear and held.count(id(linear.weight)) == 1:
+            pack(linear)
+
+
+def unpack_layers(part: nn.Module) -> None:
+    """The part as it was before `pack_layers`; what was not packed stays as it is."""
+    for layer in part.modules():
+        if isinstance(layer, PackedLinear):
+            unpack(layer)
+
+
 def unpack_tower(tower: Tower) -> None:
     """The tower as it was before `pack_tower`; what was not packed stays as it is."""
     for block in tower.blocks:

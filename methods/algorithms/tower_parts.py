@@ -1,9 +1,10 @@
-"""What of a model belongs to which of its towers: "tower" is the image tower, "text" the other."""
+"""What of a model belongs to which of its parts: "tower" is the image tower, "text" the other; of a captioner there are
+"connector", "decoder" (its embeddings and layers) and "head" (what gives logits)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,14 +20,14 @@ def towers(model: ModelView) -> dict[str, Tower]:
 
 
 def towers_asked_for(model: ModelView, target: Collection[str], method: str) -> dict[str, Tower]:
-    """Those of a model's towers that a method's target= names.
+    """Those of a model's towers that a method's target= names; none where it names other parts of a captioner.
 
     Raises:
-        UsageError: the model has none of them.
+        UsageError: the model has nothing that it names.
     """
-    there = towers(model)
-    found = {name: tower for name, tower in there.items() if name in target}
-    if not found:
+    there: dict[str, Any] = towers(model) if model.decoder is None else captioner_parts(model)
+    found = {name: tower for name, tower in towers(model).items() if name in target}
+    if not there.keys() & set(target):
         raise UsageError(
             f"{method}: target={'/'.join(target)} names no tower of this {type(model.model).__name__}",
             f"it has target={'/'.join(there) or 'none'}",
@@ -34,11 +35,21 @@ def towers_asked_for(model: ModelView, target: Collection[str], method: str) -> 
     return found
 
 
+def captioner_parts(model: ModelView) -> dict[str, nn.Module]:
+    """The parts of a captioner; its image tower as a whole, wrapped by effbench or not."""
+    whole = model.model
+    language = whole.language
+    return dict(tower=whole.image_encoder, connector=whole.connector, decoder=language.body, head=language.head)
+
+
 def sides(model: ModelView) -> dict[nn.Module, str]:
-    """Which tower each module belongs to: "tower", "text", or "" for what joins them.
+    """Which part each module belongs to: "tower", "text" or one of a captioner's; "" for what joins them.
 
     What a library puts around a tower, e.g. its projection, is a part of it. OpenCLIP's CLIP is its own text tower.
     """
+    if model.decoder is not None:
+        inside = {m: name for name, part in captioner_parts(model).items() for m in part.modules()}
+        return {module: inside.get(module, "") for module in model.model.modules()}
     paths = {module: path for path, module in model.model.named_modules()}
     image = text = None
     if model.text is not None:
