@@ -21,7 +21,7 @@ from effbench.errors import InvalidError, UsageError
 from effbench.models.backbones import digest
 from effbench.models.captioner import IGNORE, Captioner
 from effbench.models.connectors import PooledLinear
-from effbench.models.decoding import generate
+from effbench.models.decoding import Read, generate
 from effbench.models.language import CONTEXT, Words, check_width, pretrained, reference, tiny
 from effbench.models.vocabulary import Vocabulary
 from effbench.pixels import pixels
@@ -289,15 +289,18 @@ class Captioning(Task):
 
     def predict(self, model, batch):
         prefix = model.prefix(self.features(model, batch))
-        found = self._losses(model, prefix, batch)
-        return found | dict(ids=self.answer(model, prefix, batch))
+        prompt = model.read(prefix)
+        found = self._losses(model, prefix, batch, prompt)
+        return found | dict(ids=self.answer(model, prefix, batch, prompt))
 
-    def answer(self, model: Captioner, prefix: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Ids (answers, max_tokens) of what the model writes."""
+    def answer(self, model: Captioner, prefix: Tensor, batch: dict[str, Tensor], prompt: Read | None = None) -> Tensor:
+        """Ids (answers, max_tokens) of what the model writes; `prompt`: the prefix, if it was read; it is used up."""
         options = model.options
-        prefix, mask = asked(model, prefix, batch)
-        ids, _ = generate(model.language, prefix, options.max_tokens, model.end, beams=options.beams, mask=mask)
-        return ids
+        most, beams = options.max_tokens, options.beams
+        whole, mask = asked(model, prefix, batch)
+        if whole is prefix:  # nothing is asked: the text follows at once
+            return generate(model.language, prefix, most, model.end, beams=beams, prompt=prompt)[0]
+        return generate(model.language, whole, most, model.end, beams=beams, mask=mask)[0]
 
     def prompt(self, model: Captioner, batch: dict[str, Tensor]) -> Tensor:
         """What stands before the text, or the question, of a timed step (images, tokens, width)."""
@@ -321,8 +324,10 @@ class Captioning(Task):
         prefix = model.prefix(self.features(model, batch))
         return dict(seen=model.losses(prefix, batch["owner"], batch["tokens"], batch["target"]))
 
-    def _losses(self, model: Captioner, prefix: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen = model.losses(prefix, batch["owner"], batch["tokens"], batch["target"])
+    def _losses(
+        self, model: Captioner, prefix: Tensor, batch: dict[str, Tensor], prompt: Read | None = None
+    ) -> dict[str, Tensor]:
+        seen = model.losses(prefix, batch["owner"], batch["tokens"], batch["target"], prompt)
         return dict(seen=seen, text=self.text_losses(model, batch))
 
     def text_losses(self, model: Captioner, batch: dict[str, Tensor]) -> Tensor:

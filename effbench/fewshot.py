@@ -126,8 +126,9 @@ class FewShot(Captioning):
         for count in model.options.shots:
             shots = self.shots(model, batch, count)
             prefix = model.prefix(features, shots)
-            found[f"seen_{count}"] = model.losses(prefix, batch["owner"], batch["tokens"], batch["target"])
-            found[f"ids_{count}"] = self.answer(model, prefix, batch)
+            prompt = model.read(prefix)
+            seen = model.losses(prefix, batch["owner"], batch["tokens"], batch["target"], prompt)
+            found |= {f"seen_{count}": seen, f"ids_{count}": self.answer(model, prefix, batch, prompt)}
         return found
 
     def prompt(self, model: Captioner, batch: dict[str, Tensor]) -> Tensor:

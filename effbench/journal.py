@@ -34,7 +34,8 @@ class Journal:
         if state:
             self.setting.rows[:] = state["rows"]
             self.setting.seconds.update(state["seconds"])
-            experiment.live.note(f"resuming an interrupted run after {', '.join(self.done) or 'its first steps'}")
+            last = next(reversed(self.done), "its first steps")
+            experiment.live.note(f"resuming an interrupted run after {last}")
 
     def phase(self, name: str, work: Any) -> Partial:
         """The result of a phase; it is run unless it was finished before."""

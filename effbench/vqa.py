@@ -16,6 +16,7 @@ from torch import Tensor
 from effbench.captioning import Captioning, Prepared
 from effbench.errors import InvalidError
 from effbench.models.captioner import Captioner
+from effbench.models.decoding import Read
 from effbench.task import Data, Example, Items, Metric
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ class QuestionAnswering(Captioning):
         """The kind of a question, "" for none."""
         return next((kind for kind, start in self.kinds.items() if question.startswith(start)), "")
 
-    def _losses(self, model: Captioner, prefix: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _losses(self, model: Captioner, prefix: Tensor, batch: dict[str, Tensor], prompt: Read | None = None):
         """Of the answers alone: what the decoder makes of a question without an image is no language to retain."""
-        return dict(seen=model.losses(prefix, batch["owner"], batch["tokens"], batch["target"]))
+        return dict(seen=model.losses(prefix, batch["owner"], batch["tokens"], batch["target"], prompt))
 
     def score(self, prepared: Asked, split: str, outputs: dict[str, Tensor]) -> dict[str, Items]:
         """Per question 1 where the answer is right, word for word, and 0 where not; its loss."""

@@ -50,9 +50,11 @@ class DecoderPrune(Method):
         choices=("fastv", "pyramid", "dart", "visionzip", "divprune", "cdpruner", "pool", "random"),
     )
     keep: float = param(0.5, "share of the image tokens that stays, at each layer of `at`", above=0, high=1)
-    at: tuple[int, ...] = param((), "layers (0-based) before which tokens go; none: as published", low=0)
+    at: tuple[int, ...] = param(
+        (), "layers (0-based) before which tokens go; none: 2, or 0 for what acts before the decoder", low=0
+    )
     quarters: bool = param(False, "tokens go before 1/4, 1/2 and 3/4 of the depth, as pyramid has it")
-    positions: str = param("", "of what stays: keep or renumber; none: as published", choices=("", "keep", "renumber"))
+    positions: str = param("published", "of what stays", choices=("published", "keep", "renumber"))
     pivots: int = param(8, "of dart, half of them text tokens", low=1)
 
     def __post_init__(self) -> None:
@@ -89,7 +91,7 @@ class DecoderPrune(Method):
 
     @property
     def renumbers(self) -> bool:
-        if self.positions:
+        if self.positions != "published":
             return self.positions == "renumber"
         return self.by == "pyramid" or not (self.by in INSIDE or self.quarters or any(self.at))
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from effbench.models.captioner import Language
-from effbench.models.decoding import generate, new_cache
+from effbench.models.decoding import generate, new_cache, read, shared
 
 END = 2
 
@@ -146,3 +146,15 @@ def test_bytes_of_the_cache():
     assert first == 2 * layers * 3 * kv_heads * 5 * width * 4
     _, four = generate(writer, prefix(), 7, END, beams=4, exactly=True)
     assert four == 4 * held
+
+
+def test_a_prompt_that_is_read_once_serves_texts_and_writing():
+    model, _ = language()
+    with torch.no_grad():
+        expected, held = generate(model, prefix(), 6, END, exactly=True)
+        prompt = read(model, prefix())
+        other = shared(prompt.cache)
+        model(prefix(tokens=3), 0, other)
+        other.reorder_cache(torch.tensor([1, 1, 0]))
+        found, same = generate(model, prefix(), 6, END, exactly=True, prompt=prompt)
+    assert found.equal(expected) and held == same

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effbench.models.decoding import new_cache
+from effbench.models.decoding import Read, read, shared
 from effbench.models.sequences import Layout, logits_in_rows
 from effbench.models.shortening import left_of, tokens_read
 
@@ -243,16 +243,23 @@ class Captioner(nn.Module):
         """Whether what stands before a text, embedded (batch, tokens, width), holds image tokens."""
         return prefix.shape[1] > len(self.before) + len(self.after)
 
-    def losses(self, prefix: Tensor, owner: Tensor, tokens: Tensor, target: Tensor) -> Tensor:
+    def read(self, prefix: Tensor) -> Read:
+        """Read what stands before texts, embedded (batch, tokens, width)."""
+        return read(self.language, prefix, image=self.has_image(prefix))
+
+    def losses(
+        self, prefix: Tensor, owner: Tensor, tokens: Tensor, target: Tensor, prompt: Read | None = None
+    ) -> Tensor:
         """Of each text the sums that `token_losses` gives, (texts, 3); texts of one prefix share its keys and values.
 
         Args:
             prefix: everything before the texts, embedded (prefixes, tokens, width); owner: (texts,) the prefix of each.
             tokens: ids (texts, tokens), padded at the end; target: the same, IGNORE where nothing is to be predicted.
+            prompt: the prefix, where it was read already; it stays as it is.
         """
+        first, cache = prompt or self.read(prefix)
+        cache = shared(cache)
         self.language.part = "prefill"
-        cache = new_cache(self.language)
-        first = self.language(prefix, prefix.shape[1] - 1, cache, image=self.has_image(prefix))[:, 0]
         if not torch.equal(owner, torch.arange(len(prefix), device=owner.device)):
             cache.reorder_cache(owner)
         there = target != IGNORE

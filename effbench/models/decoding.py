@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from effbench.models.captioner import Language
+
+
+class Read(NamedTuple):
+    """A prompt that was read: logits (batch, vocabulary) behind its last token, and its keys and values."""
+
+    logits: Tensor
+    cache: Any
+
+
+def read(
+    language: Language, prefix: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, image: bool = True
+) -> Read:
+    """Read an embedded prompt (batch, tokens, width); arguments as of `Language.forward`."""
+    cache = new_cache(language)
+    language.part, language.rest = "prefill", "head"
+    return Read(language(prefix, prefix.shape[1] - 1, cache, mask, positions, image=image)[:, -1], cache)
+
+
+def shared(cache: Any) -> Any:
+    """A cache with the same keys and values, to go on with apart: what is added to one is not in the other."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 def generate(
@@ -21,6 +45,7 @@ def generate(
     exactly: bool = False,
     mask: Tensor | None = None,
     cached: bool = True,
+    prompt: Read | None = None,
 ) -> tuple[Tensor, int]:
     """Continue embedded sequences.
 
@@ -30,6 +55,7 @@ def generate(
         beams: 1 is greedy; else the best of so many beams by mean log-probability per token.
         exactly: write all of `most` tokens, whatever they are: equal work for every model (end is a token as any).
         mask: (batch, tokens), 0 for padding at the front; None where there is none.
+        prompt: the prefix, where it was read already without a mask; it is used up.
         cached: False computes the whole sequence anew for every token; for comparison only, greedy and without mask.
 
     Returns:
@@ -37,10 +63,8 @@ def generate(
     """
     if not cached:
         return _uncached(language, prefix, most, end, exactly), 0
-    cache = new_cache(language)
     positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp(min=0)
-    language.part, language.rest = "prefill", "head"
-    logits = language(prefix, prefix.shape[1] - 1, cache, mask, positions)[:, -1]
+    logits, cache = prompt or read(language, prefix, mask, positions)
     language.part = language.rest = "decode"  # from the second token on, choosing them included
     write = _greedy if beams == 1 else _beams
     ids = write(language, logits, cache, mask, most, end, exactly, beams)
