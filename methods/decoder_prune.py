@@ -50,9 +50,7 @@ class DecoderPrune(Method):
         choices=("fastv", "pyramid", "dart", "visionzip", "divprune", "cdpruner", "pool", "random"),
     )
     keep: float = param(0.5, "share of the image tokens that stays, at each layer of `at`", above=0, high=1)
-    at: tuple[int, ...] = param(
-        (), "layers (0-based) before which tokens go; none: 2, or 0 for the others", low=0
-    )
+    at: tuple[int, ...] = param((), "layers (0-based) before which tokens go; none: 2, or 0 for the others", low=0)
     quarters: bool = param(False, "tokens go before 1/4, 1/2 and 3/4 of the depth, as pyramid has it")
     positions: str = param("published", "of what stays", choices=("published", "keep", "renumber"))
     pivots: int = param(8, "of dart, half of them text tokens", low=1)
