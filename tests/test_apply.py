@@ -87,7 +87,7 @@ def test_every_training_free_method_has_its_no_op_here():
     built_in = {name for name in free if methods.get(name).__module__.startswith("effbench_methods.")}
     # these change how numbers are held or run, so none of their parameters changes nothing, or need a decoder; see
     # their own tests
-    assert built_in - {"compile", "precision", "quantize", "region_prune"} == set(NOOP)
+    assert built_in - {"compile", "decoder_prune", "precision", "quantize", "region_prune"} == set(NOOP)
 
 
 @pytest.mark.parametrize("name, spec", cases(LOSSLESS))
