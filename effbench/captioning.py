@@ -238,9 +238,8 @@ class Captioning(Task):
         if options.image_tokens and (side**2 != options.image_tokens or options.image_tokens > tower.patches):
             nearest = min(tower.patches, max(1, round(math.sqrt(options.image_tokens)) ** 2))
             raise UsageError(
-                f"--image-tokens {options.image_tokens} (where nothing is said the task's own, or 49) is no square of "
-                f"at most {tower.patches} patches",
-                f"use {nearest}, or 0 for all patches",
+                f"{options.image_tokens} image tokens are no square that {tower.patches} patches can be pooled to",
+                f"use --image-tokens {nearest}, or 0 for all patches",
             )
         connector = PooledLinear(tower.width, language.width, side or None)
         return self._based(Captioner(tower, connector, language, (), (recipe.start,), recipe.end, options), recipe)

@@ -49,7 +49,9 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
     few = min(protocol.timing_batch, sizes["test"])
     rows, total = [], 0.0
     trains = {arm.name: arm for arm in experiment.training_arms(protocol.seeds[0])} if experiment.trains else {}
-    for plan in experiment.plans:
+    experiment.live.stage("steps of each arm, for the estimate", len(experiment.plans), "arms")
+    for number, plan in enumerate(experiment.plans):
+        experiment.live.advance(number)
         randomness.seed_all(0)
         build = (task, experiment.recipe, experiment.backbone, protocol)
         settled_plan = settled(plan, *build, experiment.rehearsal)

@@ -105,7 +105,7 @@ class Method:
     default_phase: ClassVar[str] = "test"
     phases: ClassVar[tuple[str, ...]] = PHASES
 
-    phase: str = field(default="", kw_only=True, metadata=dict(help="when it acts: test, train or both"))
+    phase: str = field(default="", kw_only=True, metadata=dict(help="when it acts"))
 
     def __post_init__(self) -> None:
         from effbench.spec import check_parameters

@@ -224,6 +224,10 @@ def captioning_options(found: Resolved, asked: dict[str, Any] | None, backbone: 
     elif decoder == "own":
         raise UsageError("--decoder own is the decoder of a whole model", "name one with --backbone hf:PATH_OR_NAME")
     if decoder != "tiny":
+        if not own and not (decoder.startswith("hf:") and decoder != "hf:"):
+            raise UsageError(
+                f"--decoder {decoder} is not known", "use tiny, or hf:PATH of a causal language model of transformers"
+            )
         for option in ("layers", "width", "init"):
             if option in given:
                 told = f"--{CAPTIONING_OPTIONS[option]} {given[option]}"
@@ -231,8 +235,11 @@ def captioning_options(found: Resolved, asked: dict[str, Any] | None, backbone: 
             values.pop(option, None)
         if "stages" not in given:
             values["stages"] = () if own else ("align",)  # it knows its language, and a whole model images too
+    for stage in given.get("stages", ()):
+        if stage not in STAGES:
+            raise UsageError(f"--stages: there is no stage {stage}", f"write {'/'.join(STAGES)}, some of them, or none")
     stages = [stage for stage in STAGES if stage in values.get("stages", ())]
-    if "stages" in given and list(given["stages"]) != stages and set(given["stages"]) <= set(STAGES):
+    if "stages" in given and list(given["stages"]) != stages:
         raise UsageError(f"--stages {'/'.join(given['stages'])}: they follow one another", f"write {'/'.join(stages)}")
     try:
         return Captioning(**values)

@@ -25,8 +25,9 @@ DROP, BY = 3, "block_influence"
 
 @dataclass(frozen=True)
 class LayerPrune(Method):
-    """Remove whole blocks of a tower, layers of a decoder: by what training data show of them, by a pattern, or those
-    that `at` names.
+    """Remove whole blocks of a tower, or layers of a decoder, by what training data show of them.
+
+    A pattern or `at` names them otherwise.
 
     Of a captioner they are those of its decoder, unless target says otherwise: there the cost is. Texts are given, and
     angular looks at the last token of each.

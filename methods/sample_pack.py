@@ -79,7 +79,7 @@ class SamplePack(Method):
         return [
             f"places that hold a token, in the {steps} training steps before the tested weights: "
             f"{100 * tokens / padded:.1f} % padded to a batch's longest sample, {100 * tokens / used:.1f} % {how}"
-            f" ({samples / rows:.1f} samples a row); {padded / tokens:.2f}x is the most that no padding can save"
+            f" ({samples / rows:.1f} samples a row); with no padding at all, {padded / tokens:.2f}x fewer"
         ]
 
 

@@ -68,9 +68,9 @@ def test_neither_here_nor_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("effbench.models.choose.reachable", lambda: False)
     began = time.monotonic()
     refused("nobody/nothing", "no such folder, and the hub has none or cannot be reached")
-    refused(tmp_path / "nowhere", "no such folder, and the hub has none or cannot be reached")
+    refused(tmp_path / "nowhere", "nowhere: there is no such folder")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "cannot be loaded, in its files")
+    refused(tmp_path / "empty", "has no config.json")
     assert time.monotonic() - began < 20  # no retries
 
 
@@ -94,6 +94,11 @@ def test_weights_that_are_missing_or_damaged(folders, tmp_path):
     refused(folder, r"lack \d+ of its weights \(model.layers.1")
     (folder / "model.safetensors").write_bytes(b"damaged")
     refused(folder, "cannot be loaded, in its files")
+
+
+def test_a_hidden_size_that_does_not_fit(folders, tmp_path):
+    folder = broken(folders, tmp_path, hidden_size=32)
+    refused(folder, r"do not fit its config.json: lm_head.weight is \d+x16 in the files and \d+x32")
 
 
 def test_tokenizers_that_do_not_fit(folders, tmp_path):
@@ -158,5 +163,6 @@ def test_an_experiment(folders, tmp_path):
         run(data, f"hf:{folders / 'gpt2'}", max_tokens=59)
     with pytest.raises(UsageError, match="--decoder-layers 2 is of the tiny decoder"):
         run(data, f"hf:{folders / 'gpt2'}", layers=2)
-    with pytest.raises(UsageError, match="--decoder llama is not known"):
-        run(data, "llama")
+    for unknown in ("llama", "hf:"):
+        with pytest.raises(UsageError, match=f"--decoder {unknown} is not known"):
+            run(data, unknown, layers=2)

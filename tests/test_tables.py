@@ -166,6 +166,7 @@ def paying(*verdicts, pays_from=None):
         (paying("FASTER", "AMBIGUOUS", "FASTER", pays_from=4), "4 (undecided: 2)"),
         (paying("SLOWER", "FASTER", pays_from=2), "2"),
         (paying("SLOWER", "NO DIFFERENCE"), "none of these"),
+        (paying("SLOWER", "TOO FEW SAMPLES"), "undecided (2)"),
         (paying(), figures.NONE),
     ],
 )

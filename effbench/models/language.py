@@ -166,6 +166,10 @@ def library_files(name: str, what: str) -> Iterator[None]:
     from transformers.utils import logging
 
     folder = Path(name).is_dir()
+    if not folder and name.startswith(("/", ".", "~")):
+        raise InvalidError(f"hf:{name}: there is no such folder", "check the path")
+    if folder and not (Path(name) / "config.json").is_file():
+        raise InvalidError(f"hf:{name} has no config.json", f"give {what}, as save_pretrained writes it")
     weights = {path.suffix for path in Path(name).iterdir()} & {".safetensors", ".bin", ".pt", ".pth"} if folder else ()
     if weights and ".safetensors" not in weights:
         raise InvalidError(
@@ -197,11 +201,24 @@ def whole(kind: Any, name: str, told: str) -> nn.Module:
         kind: one of the library's Auto classes. told: what messages call the model.
 
     Raises:
-        InvalidError: the files lack some.
+        InvalidError: the files lack some, or some do not fit the configuration.
     """
     model, found = kind.from_pretrained(
-        name, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+        name,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # named below
     )
+    if other := sorted(found["mismatched_keys"]):
+        key, *shapes = other[0]
+        held, wanted = ("x".join(map(str, shape)) for shape in shapes)
+        raise InvalidError(
+            f"the weights of {told} do not fit its config.json: {key} is {held} in the files and {wanted} by the "
+            f"configuration ({len(other)} such weights)",
+            "take the configuration that the weights were saved with",
+        )
     if missing := sorted(found["missing_keys"]):
         raise InvalidError(
             f"the files of {told} lack {len(missing)} of its weights ({', '.join(missing[:3])})",

@@ -99,6 +99,8 @@ def pays(arm: Arm) -> str:
         return NONE
     below = [t for t in arm.by_batch if t.speedup and (arm.pays_from is None or t.batch < arm.pays_from)]
     unknown = [str(t.batch) for t in below if t.speedup.verdict in ("AMBIGUOUS", "TOO FEW SAMPLES")]
+    if unknown and not arm.pays_from:
+        return f"undecided ({', '.join(unknown)})"
     return f"{arm.pays_from or 'none of these'}{f' (undecided: {chr(44).join(unknown)})' if unknown else ''}"
 
 
