@@ -23,7 +23,10 @@ from effbench_methods.algorithms.decoder_selection import (
 from effbench_methods.algorithms.selection import farthest, rest, top
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from effbench.models.tower import ModelView
+    from effbench.models.whole_model import LibraryTower
     from effbench_methods.decoder_prune import DecoderPrune
 
 NAME = "decoder_prune"
@@ -80,12 +83,12 @@ class Duplication(Pick):
         k = budget(self.method.keep, n)
         of_image = min(k, max(1, self.method.pivots // 2))
         of_text = min(self.method.pivots - of_image, seen.tokens.shape[1] - n)
-        keys, patches = at(seen.keys, seen.image), seen.patches
-        first = pivots_by_norm(keys, of_image)
+        keys, patches = seen.keys.flatten(2), seen.patches
+        first = pivots_by_norm(at(keys, seen.image), of_image)
         others = rest(first, n)
         pivots = at(patches, first)
         if of_text:
-            norms = seen.keys.masked_fill(~seen.text[..., None], 0)
+            norms = keys.masked_fill(~seen.text[..., None], 0)
             pivots = torch.cat([pivots, at(seen.tokens, pivots_by_norm(norms, of_text))], dim=1)
         found = least_like(at(patches, others), pivots, k - of_image)
         return Kept(torch.cat([first, others.gather(1, found)], dim=1))
@@ -118,8 +121,25 @@ class Look(TokenEdit):
     keeps_grid = True
 
     def forward(self, state: TokenState, projections: Projections) -> None:
-        self.scores = class_attention(projections, state.sizes if state.proportional else None)[:, state.prefix :]
-        self.keys = projections.k.mean(dim=1)[:, state.prefix :]
+        scores = class_attention(projections, state.sizes if state.proportional else None)
+        self.seen = scores[:, state.prefix :], projections.k.mean(dim=1)[:, state.prefix :]
+
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """Attention (batch, patches) and keys (batch, patches, head width)."""
+        return self.seen
+
+
+class LibraryLook:
+    """The same of a tower that transformers runs, e.g. LLaVA's CLIP."""
+
+    def __init__(self, tower: LibraryTower) -> None:
+        self.watch = tower.show_class_token()
+
+    def taken(self) -> tuple[Tensor, Tensor]:
+        row, keys = self.watch.taken()
+        if row is not None:  # None where a prompt is read again without a new image
+            self.seen = row[:, 1:], keys[:, 1:].mean(dim=2)
+        return self.seen
 
 
 class Zip(Pick):
@@ -127,20 +147,23 @@ class Zip(Pick):
 
     def __init__(self, method: DecoderPrune, model: ModelView) -> None:
         super().__init__(method)
-        tower = model.image
-        if tower is None or not tower.has_class_token:
-            name = "a tower that effbench cannot look into" if tower is None else f"this {tower.name}, which has none"
+        tower, library = model.image, getattr(model.model.image_encoder, "show_class_token", None)
+        if library is None and (tower is None or not tower.has_class_token):
             raise UsageError(
-                f"{NAME}: by=visionzip asks the tower's class token, of {name}", "use by=divprune or by=fastv"
+                f"{NAME}: by=visionzip asks the tower's class token, which this one lacks",
+                "use by=divprune or by=fastv",
             )
-        self.look = Look()
-        tower.after_attention(len(tower) - 1, self.look)
+        if library is not None:
+            self.look = LibraryLook(model.model.image_encoder)
+        else:
+            self.look = Look()
+            tower.after_attention(len(tower) - 1, self.look)
         self.connector = [model.connector]  # in a list: it is the captioner's own part
 
     def forward(self, seen: Seen) -> Kept:
         n = seen.image.shape[1]
-        pool = self.connector[0].pool
-        scores, keys = pool(self.look.scores[..., None])[..., 0], pool(self.look.keys)
+        pool, (scores, keys) = self.connector[0].pool, self.look.taken()
+        scores, keys = pool(scores[..., None])[..., 0], pool(keys)
         if scores.shape != seen.image.shape:
             raise UsageError(
                 f"{NAME}: by=visionzip needs an image token for every pooled patch, but there are {scores.shape[1]} "

@@ -8,7 +8,7 @@ import tiny
 import tiny_hf
 import torch
 from torch import nn
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoModelForImageTextToText, MistralConfig, MistralForCausalLM
 
 from effbench.errors import UsageError
 from effbench.measure.flops import flops_of
@@ -240,7 +240,8 @@ def test_models_of_the_llava_class(tmp_path, name):
     images = torch.randn(2, 3, backbone.image_size, backbone.image_size)
     plain, model = backbone.captioner(options), backbone.captioner(options)
     plain_bytes = written(plain, images)[1]
-    for spec in ("by=fastv,at=1", "by=divprune", "by=cdpruner", "by=random,at=1", "by=pool,keep=0.25"):
+    zips = ("by=visionzip",) * (name == "llava")
+    for spec in ("by=fastv,at=1", "by=divprune", "by=cdpruner", "by=random,at=1", "by=pool,keep=0.25", *zips):
         model = pruned(spec, backbone.captioner(options).eval())
         ids, held = written(model, images)
         assert held < plain_bytes
@@ -248,6 +249,22 @@ def test_models_of_the_llava_class(tmp_path, name):
             assert written(model, images, cached=False)[0].equal(ids)
             assert torch.cat([written(model, image[None])[0] for image in images]).equal(ids)
         assert written(pruned(spec + ",keep=1" * ("pool" not in spec), backbone.captioner(options).eval()), images)
+
+
+def test_visionzip_sees_the_class_token_of_the_layer_that_llava_takes(tmp_path):
+    tiny_hf.llava(tmp_path / "llava")
+    backbone = HuggingFace(str(tmp_path / "llava"))
+    options = Captioning(decoder="own", image_tokens=0, stages=(), max_tokens=4, new_tokens=3)
+    images = torch.randn(2, 3, backbone.image_size, backbone.image_size)
+    model = pruned("by=visionzip", backbone.captioner(options).eval())
+    written(model, images)
+    scores, keys = model.language.shortener.choices["0"].look.taken()
+    library = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava", attn_implementation="eager").eval()
+    tower, layer = library.base_model.vision_tower, library.config.vision_feature_layer
+    with torch.no_grad():
+        shown = tower(images, output_attentions=True).attentions[layer]
+    torch.testing.assert_close(scores, shown.mean(dim=1)[:, 0, 1:])
+    assert keys.shape == (*scores.shape, tower.config.hidden_size // tower.config.num_attention_heads)
 
 
 def test_text_without_an_image_is_left_alone():

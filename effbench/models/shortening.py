@@ -23,7 +23,7 @@ class Seen(NamedTuple):
         image: (batch, n) where the image tokens stand among them, ascending.
         row: (batch, tokens) attention of the prompt's last token in the layer before, mean over heads; None if not
             asked for.
-        keys: (batch, tokens, width of all heads) of the layer before; None if not asked for.
+        keys: (batch, tokens, heads, head width) of the layer before; None if not asked for.
         text: (batch, tokens) True for the prompt's text: neither image nor padding nor what is written behind it.
         images: of each prompt.
     """

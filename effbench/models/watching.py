@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class ClassOrLast(nn.Module):
         return self
 
     def taken(self) -> tuple[Tensor | None, Tensor | None]:
-        """The row (batch, tokens) and the keys (batch, tokens, width of all heads) that were shown; each only once."""
+        """The row (batch, tokens) and the keys (batch, tokens, heads, head width) that were shown; each only once."""
         row, keys = self.row, self.keys
         self.row = self.keys = None
         return row, keys
@@ -42,7 +43,7 @@ class ClassOrLast(nn.Module):
             mask: (batch or 1, 1, tokens, tokens), additive or True where attended.
         """
         if self.wanted in ("keys", "both"):
-            self.keys = key.transpose(1, 2).flatten(2)
+            self.keys = key.transpose(1, 2)
         if self.wanted not in ("row", "both"):
             return
         tokens = query.shape[2]
@@ -72,6 +73,15 @@ def attend(
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         watched_by(query, key, attention_mask, scale, getattr(module, "is_causal", False))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def watch(layer: nn.Module, by: ClassOrLast) -> None:
+    """Let a layer's attention be seen in every call, where its model uses the attention called `ATTENTION`."""
+    layer.register_forward_pre_hook(functools.partial(_watched, by), with_kwargs=True)
+
+
+def _watched(by: ClassOrLast, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, kwargs | dict(watched_by=by)
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -20,6 +20,7 @@ from effbench.models.captioner import Captioner, Language
 from effbench.models.language import Tokenizer, context_of, library_files, refuse_difference, tokenizer_of, whole
 
 if TYPE_CHECKING:
+    from effbench.models.watching import ClassOrLast
     from effbench.records import Captioning
 
 #: what libraries call the module between tower and decoder; the last one gathers squares of patches itself
@@ -231,6 +232,29 @@ class LibraryTower(nn.Module):
         """(batch, 3, height, width) -> (batch, patches, width)."""
         features = self.inner.get_image_features(**self.prepared(images), return_dict=True).pooler_output
         return torch.stack(list(features))
+
+    def show_class_token(self) -> ClassOrLast:
+        """What sees from now on the class token's attention, and the keys, in the layer whose states are handed over.
+
+        Raises:
+            UsageError: the tower has no class token, or hands over several layers.
+        """
+        from effbench.models.watching import ATTENTION, ClassOrLast, watch
+
+        vision = getattr(self.inner, "vision_tower", None)
+        layer = getattr(self.inner.config, "vision_feature_layer", None)
+        classed = any(name.endswith("class_embedding") for name, _ in vision.named_parameters()) if vision else False
+        drops = getattr(self.inner.config, "vision_feature_select_strategy", "") == "default"
+        if not (classed and drops and isinstance(layer, int)):
+            raise UsageError(
+                "the image tower of this model has no class token beside its patches", "use by=divprune or by=fastv"
+            )
+        depth = vision.config.num_hidden_layers
+        stacks = [m for m in vision.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        vision.set_attn_implementation(ATTENTION)
+        seen = ClassOrLast().of("both", 0)
+        watch(stacks[0][depth + layer if layer < 0 else layer - 1], seen)
+        return seen
 
 
 def patches_of(images: Tensor, patch: int, merge: int, frames: int) -> Tensor:
