@@ -119,6 +119,15 @@ def test_the_cache_changes_nothing(spec):
     assert again.language.shortener.choices and written(again)[0].equal(written(pruned(spec))[0])
 
 
+@pytest.mark.parametrize("by", ("pyramid", "divprune"))
+def test_a_pruned_decoder_compiles_as_one_graph(by):
+    torch.compiler.reset()
+    model = pruned(f"by={by}")
+    expected, _ = written(model)
+    model.language.body.compile(fullgraph=True, dynamic=True, backend="eager")
+    assert written(model)[0].equal(expected)
+
+
 @pytest.mark.parametrize("spec", ("by=fastv", "by=pyramid,keep=0.6", "by=dart", "by=cdpruner", "by=divprune,at=0/2"))
 def test_a_prompt_that_is_padded_at_the_front_is_the_prompt_alone_with_beams_too(spec):
     model = pruned(spec)

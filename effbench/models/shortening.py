@@ -114,7 +114,7 @@ class Shortener(nn.Module):
         self.now: Stage | None = None
         self.image = self.real = None
         self.images = 0
-        self.made: dict[int, Any] = {}
+        self.made: dict[str, tuple[Any, Any]] = {}  # what the layers since the last choice were given, and got
 
     # what the language model calls
 
@@ -233,10 +233,11 @@ class Shortener(nn.Module):
         """A layer's mask or positions for what is left."""
         if self.now is None or given is None:
             return given
-        if id(given) not in self.made:
+        known = self.made.get(name)
+        if known is None or known[0] is not given:
             fit = self._mask if name == "attention_mask" else self._positions
-            self.made[id(given)] = given, fit(given, tokens, kwargs)
-        return self.made[id(given)][1]
+            known = self.made[name] = given, fit(given, tokens, kwargs)
+        return known[1]
 
     def _mask(self, mask: Tensor, tokens: Tensor, _: dict[str, Any]) -> Tensor:
         if not isinstance(mask, Tensor) or mask.ndim != 4:
