@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import flickr8k
+from torch import nn
 
 import effbench
 from effbench import captioner_base
@@ -14,7 +15,9 @@ from effbench.captioning import Captioning, accuracy, asked, per_token, perplexi
 from effbench.datasets import resolve
 from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.live import Live
-from effbench.models.captioner import IGNORE, token_losses
+from effbench.models.captioner import IGNORE, TEXTS, Captioner, token_losses
+from effbench.models.connectors import PooledLinear
+from effbench.models.language import tiny as tiny_language
 from effbench.records import Captioning as Options
 from effbench.records import Protocol
 from effbench.registry import backbones
@@ -309,3 +312,20 @@ def test_arms_with_the_same_frozen_tower_share_its_features(data, tmp_path, monk
     passes = Counter(map(id, calls)).values()
     # two steps of baseline, noop, identity and the first method, one of the second; FLOPs are counted on other models
     assert sorted(passes)[-4:] == [steps] * 4 and 1 in passes
+
+
+def test_many_texts_are_scored_as_each_alone():
+    torch.manual_seed(0)
+    language = tiny_language(50, 2, 32, init=0.2)
+    model = Captioner(nn.Identity(), PooledLinear(8, 32, None), language, (), (49,), 48, Options()).eval()
+    lengths = torch.randint(0, 12, (3 * TEXTS,))  # some have nothing to predict
+    tokens = torch.randint(0, 48, (3 * TEXTS, 12))
+    target = tokens.masked_fill(torch.arange(12) >= lengths[:, None], IGNORE)
+    owner = torch.randint(0, 4, (3 * TEXTS,))
+    with torch.no_grad():
+        prefix = model.prefix(torch.randn(4, 5, 8))
+        found = model.losses(prefix, owner, tokens, target)
+        singly = zip(owner.split(1), tokens.split(1), target.split(1), strict=True)
+        each = [model.losses(prefix, *text) for text in singly]
+    torch.testing.assert_close(found, torch.cat(each), atol=1e-4, rtol=1e-5)
+    assert found[:, 1].equal(lengths.float())

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from effbench.records import Captioning
 
 IGNORE = -100  # a target that no token has to meet
+TEXTS = 40  # that are read together when many are scored
 
 
 class Span(NamedTuple):
@@ -257,19 +258,34 @@ class Captioner(nn.Module):
             tokens: ids (texts, tokens), padded at the end; target: the same, IGNORE where nothing is to be predicted.
             prompt: the prefix, where it was read already; it stays as it is.
         """
-        first, cache = prompt or self.read(prefix)
-        cache = shared(cache)
+        prompt = prompt or self.read(prefix)
         self.language.part = "prefill"
-        if not torch.equal(owner, torch.arange(len(prefix), device=owner.device)):
+        like = prefix.dtype, self.has_image(prefix)
+        parts = len(owner) // TEXTS
+        if parts < 2:
+            return self._losses(prompt, owner, tokens, target, *like)
+        # texts of about one length together, so that little padding is computed
+        lengths = (target != IGNORE).long().flip(1).cumsum(dim=1).gt(0).sum(dim=1)  # up to the last target
+        order = lengths.argsort()
+        found = []
+        for texts in order.tensor_split(parts):
+            end = max(1, int(lengths[texts[-1]]))
+            found.append(self._losses(prompt, owner[texts], tokens[texts, :end], target[texts, :end], *like))
+        return torch.cat(found)[order.argsort()]
+
+    def _losses(
+        self, prompt: Read, owner: Tensor, tokens: Tensor, target: Tensor, dtype: torch.dtype, image: bool
+    ) -> Tensor:
+        first, cache = prompt
+        cache = shared(cache)
+        if not torch.equal(owner, torch.arange(len(first), device=owner.device)):
             cache.reorder_cache(owner)
         there = target != IGNORE
         at_once, later = there[:, 0].nonzero()[:, 0], there[:, 1:].nonzero()[:, 0]
-        words = self.language.embed(tokens[:, :-1]).to(prefix.dtype)
+        words = self.language.embed(tokens[:, :-1]).to(dtype)
         rest = first[:0]
         if len(later):
-            rest = self.language(
-                words, cache=cache, take=there[:, 1:].flatten().nonzero()[:, 0], image=self.has_image(prefix)
-            )
+            rest = self.language(words, cache=cache, take=there[:, 1:].flatten().nonzero()[:, 0], image=image)
         wanted = torch.cat([target[at_once, 0], target[:, 1:][there[:, 1:]]])
         logits = torch.cat([first[owner[at_once]], rest])
         return token_losses(logits, wanted, torch.cat([at_once, later]), len(tokens))
