@@ -18,6 +18,7 @@ from effbench.economics import look_steps
 from effbench.engine import optimiser
 from effbench.lockstep import Arm, Batch
 from effbench.measure.memory import process_peak, weight_bytes
+from effbench.passes import kinds_in_tower
 from effbench.report.figures import mebibytes
 from effbench.settling import chooses
 from effbench.timing import WARMUP
@@ -48,6 +49,7 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
     task, protocol, sizes = experiment.task, experiment.protocol, experiment.sizes
     few = min(protocol.timing_batch, sizes["test"])
     rows, total = [], 0.0
+    towers: list[tuple[Any, torch.Tensor]] = []
     trains = {arm.name: arm for arm in experiment.training_arms(protocol.seeds[0])} if experiment.trains else {}
     experiment.live.stage("steps of each arm, for the estimate", len(experiment.plans), "arms")
     for number, plan in enumerate(experiment.plans):
@@ -64,7 +66,7 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
                 step = _seconds(lambda model=model, batch=batch: task.serve(model, batch))
                 timing += step * (protocol.timing_pairs + WARMUP)
             whole = _random_batch(experiment, "test", few, None)
-            testing = _seconds(lambda model=model, batch=whole: task.predict(model, batch))
+            testing = _testing(experiment, model, whole, towers)
         testing *= len(protocol.seeds) * sizes["test"] / few
         training = _training(experiment, trains[plan.name]) if plan.name in trains else 0.0
         total += testing + timing + training
@@ -81,6 +83,7 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
                 f"{mebibytes(weight_bytes(model))} MiB",
             ]
         )
+    experiment.live.advance(len(experiment.plans))
     per_epoch = sizes["train"] // min(protocol.batch_size, sizes["train"])
     looks = len(look_steps(protocol.epochs, per_epoch, protocol.dev_checks)) if trains else 0
     header = ["arm", "kind", "trained by", "train", "test", "timing", "weights"]
@@ -100,6 +103,25 @@ def estimate(experiment: Experiment) -> tuple[list[str], list[list[str]], list[s
         "nothing was run; leave --dry-run out to run it",
     ]
     return header, rows, lines
+
+
+def _testing(
+    experiment: Experiment, model: torch.nn.Module, batch: Batch, towers: list[tuple[Any, torch.Tensor]]
+) -> float:
+    """Seconds of predicting a batch; a tower that an arm before has too counts nothing (see `effbench.passes.test`).
+
+    Args:
+        towers: of the arms so far, what they are made of and what they give; is added to.
+    """
+    task = experiment.task
+    found = task.frozen_features(model, batch["image"])
+    if found is None:
+        return _seconds(lambda: task.predict(model, batch))
+    seconds, kinds = 0.0, kinds_in_tower(model, task)
+    if not any(kinds == other and torch.equal(found, given) for other, given in towers):
+        towers.append((kinds, found))
+        seconds = _seconds(lambda: task.frozen_features(model, batch["image"]))
+    return seconds + _seconds(lambda: task.predict(model, batch | dict(features=found)))
 
 
 def _training(experiment: Experiment, arm: Arm) -> float:

@@ -78,11 +78,7 @@ def _twins(arms: list[Arm], task: Task, first: dict[str, Tensor | None]) -> dict
         first: features of the first batch by arm.
     """
     found: dict[str, str] = {}
-    towers = {arm.name: [m for part in task.locked(arm.model) for m in part.modules()] for arm in arms if not arm.error}
-    kinds = {
-        name: [(type(m).__qualname__, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in tower]
-        for name, tower in towers.items()
-    }
+    kinds = {arm.name: kinds_in_tower(arm.model, task) for arm in arms if not arm.error}
     owners: list[str] = []
     for arm in arms:
         if arm.error or arm.plan.control in ("noop", "identity") or first.get(arm.name) is None:
@@ -94,6 +90,12 @@ def _twins(arms: list[Arm], task: Task, first: dict[str, Tensor | None]) -> dict
         else:
             owners.append(name)
     return found
+
+
+def kinds_in_tower(model: torch.nn.Module, task: Task) -> list[tuple[str, int, int]]:
+    """What a model's frozen tower is made of: class and number of hooks of each module."""
+    tower = [module for part in task.locked(model) for module in part.modules()]
+    return [(type(m).__qualname__, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in tower]
 
 
 def use_features(arms: list[Arm], result: Partial, sizes: dict[str, int]) -> None:
