@@ -92,10 +92,22 @@ def _twins(arms: list[Arm], task: Task, first: dict[str, Tensor | None]) -> dict
     return found
 
 
-def kinds_in_tower(model: torch.nn.Module, task: Task) -> list[tuple[str, int, int]]:
-    """What a model's frozen tower is made of: class and number of hooks of each module."""
+def kinds_in_tower(model: torch.nn.Module, task: Task) -> list[tuple[str, int, int, int]]:
+    """What a model's frozen tower is made of: class and number of hooks of each module.
+
+    A module that something outside of the tower looks at (its attribute `looked_at`) is like no other arm's: that arm's
+    tower has to run.
+    """
     tower = [module for part in task.locked(model) for module in part.modules()]
-    return [(type(m).__qualname__, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in tower]
+    return [
+        (
+            type(m).__qualname__,
+            len(m._forward_hooks),
+            len(m._forward_pre_hooks),
+            id(m) if getattr(m, "looked_at", False) else 0,
+        )
+        for m in tower
+    ]
 
 
 def use_features(arms: list[Arm], result: Partial, sizes: dict[str, int]) -> None:

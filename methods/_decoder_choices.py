@@ -119,6 +119,7 @@ class Look(TokenEdit):
 
     name = NAME
     keeps_grid = True
+    looked_at = True  # by Zip
 
     def forward(self, state: TokenState, projections: Projections) -> None:
         scores = class_attention(projections, state.sizes if state.proportional else None)

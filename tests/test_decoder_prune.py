@@ -19,7 +19,9 @@ from effbench.models.language import tiny as tiny_language
 from effbench.models.patch_tokens import TimmTokens
 from effbench.models.tower import view
 from effbench.models.whole_model import HuggingFace
+from effbench.passes import kinds_in_tower
 from effbench.records import Captioning
+from effbench.registry import tasks
 from effbench.spec import parse
 from effbench_methods._prune_stages import budget
 from effbench_methods.algorithms.decoder_selection import determinantal, dominant_and_contextual, least_like, relevance
@@ -274,6 +276,13 @@ def test_visionzip_sees_the_class_token_of_the_layer_that_llava_takes(tmp_path):
         shown = tower(images, output_attentions=True).attentions[layer]
     torch.testing.assert_close(scores, shown.mean(dim=1)[:, 0, 1:])
     assert keys.shape == (*scores.shape, tower.config.hidden_size // tower.config.num_attention_heads)
+
+
+def test_arms_that_look_into_their_towers_never_share_them():
+    task = tasks.get("scenes_caption")()
+    plain, other, one, two = (captioner(), pruned("by=fastv"), pruned("by=visionzip"), pruned("by=visionzip,keep=0.25"))
+    kinds = [kinds_in_tower(model, task) for model in (view(plain).model, other, one, two)]
+    assert kinds[0] == kinds[1] and kinds[2] != kinds[0] and kinds[2] != kinds[3]
 
 
 def test_text_without_an_image_is_left_alone():

@@ -78,6 +78,7 @@ def attend(
 def watch(layer: nn.Module, by: ClassOrLast) -> None:
     """Let a layer's attention be seen in every call, where its model uses the attention called `ATTENTION`."""
     layer.register_forward_pre_hook(functools.partial(_watched, by), with_kwargs=True)
+    layer.looked_at = True
 
 
 def _watched(by: ClassOrLast, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
