@@ -24,6 +24,7 @@ from effbench.lockstep import Arm, turn
 from effbench.measure.clock import Clock
 from effbench.measure.flops import flops_of
 from effbench.models.captioner import Language
+from effbench.models.decoder import decoder_of
 from effbench.models.decoding import generate
 from effbench.models.language import tiny
 from effbench.models.tower import ModelView
@@ -78,8 +79,6 @@ def main() -> None:
 
 
 def pruned(plain: Language, by: str, keep: float) -> Language:
-    from effbench.models.decoder import decoder_of
-
     language = copy.deepcopy(plain)
     (method,) = parse(f"decoder_prune:by={by},keep={keep}")
     method.edit_model(ModelView(language, None, None, decoder_of(language)))

@@ -201,11 +201,7 @@ class Captioning(Task):
         if options.decoder == "tiny":
             check_width(options.width)
             return Vocabulary(captions, least=LEAST), CONTEXT, ""
-        kind, _, name = options.decoder.partition(":")
-        if kind != "hf" or not name:
-            raise UsageError(
-                f"--decoder {options.decoder} is not known", "use tiny, or hf:PATH of a causal language model"
-            )
+        name = options.decoder.partition(":")[2]
         language, words, context = reference(name)
         return words, context, digest(language.state_dict())
 

@@ -111,9 +111,8 @@ class FewShot(Captioning):
         if model in self.kept:
             return self.kept[model].first(count)
         lengths = batch["shot_lengths"]
-        if (
-            "shot_image" not in batch
-        ):  # of a model that is only counted or estimated: any image will do, and is not kept
+        if "shot_image" not in batch:
+            # of a model that is only counted or estimated: any image will do, and is not kept
             features = self.features(model, batch)[:1].expand(len(lengths), -1, -1)
             return model.shots(features, batch["shot_tokens"], lengths).first(count)
         made = model.shots(model.features(batch["shot_image"]), batch["shot_tokens"], lengths)

@@ -166,8 +166,7 @@ def _damage(file: Path, data: Data, size: int) -> str:
             length = int.from_bytes(tail[:8], "little")
             if tail[8:] != MAGIC or file.stat().st_size != images * 3 * size * size + length + 16:
                 return "it was truncated"
-            stream.seek(images * 3 * size * size)
-            checksums = json.loads(stream.read(length))["crc32"]
+        checksums = _trailer(file)["crc32"]
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             seen = pool.map(lambda block: _crc32(file, block, images, size), range(-(-images // _block(size))))
             return "" if list(seen) == checksums else "its checksum was wrong"

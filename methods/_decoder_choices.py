@@ -9,6 +9,7 @@ import torch
 
 from effbench.errors import UsageError
 from effbench.models.attention import Projections, class_attention
+from effbench.models.connectors import smaller_grid
 from effbench.models.shortening import Choice, Kept, Seen, at
 from effbench.models.token_state import TokenEdit, TokenState
 from effbench_methods._prune_stages import budget
@@ -18,7 +19,6 @@ from effbench_methods.algorithms.decoder_selection import (
     least_like,
     pivots_by_norm,
     relevance,
-    smaller_grid,
 )
 from effbench_methods.algorithms.selection import farthest, rest, top
 

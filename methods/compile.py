@@ -15,9 +15,8 @@ from effbench.errors import EffbenchError, UsageError
 from effbench.method import Method, param
 from effbench.models.tower import ModelView
 from effbench_methods.algorithms.bf16_linear import unpack_layers, unpack_tower
-from effbench_methods.algorithms.tower_parts import captioner_parts, towers, towers_asked_for
+from effbench_methods.algorithms.tower_parts import PARTS, captioner_parts, towers, towers_asked_for
 
-PARTS = ("tower", "text", "connector", "decoder")
 GRAPHS = 24  # that a part may have, one per shape of its input; a run has about a dozen batch sizes
 
 
@@ -83,8 +82,7 @@ class Compile(Method):
 
 def _others(model: ModelView) -> dict[str, nn.Module]:
     """What is compiled of a captioner beside its tower."""
-    parts = {} if model.decoder is None else captioner_parts(model)
-    return {name: part for name, part in parts.items() if name in ("connector", "decoder")}
+    return {name: part for name, part in captioner_parts(model).items() if name in ("connector", "decoder")}
 
 
 def _compile(module: nn.Module, dynamic: bool, mode: str | None) -> None:

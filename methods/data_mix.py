@@ -14,7 +14,7 @@ from effbench.errors import UsageError
 from effbench.method import Method, TrainingPlan, param
 from effbench.models.captioner import IGNORE, Captioner
 from effbench.models.language import context_of
-from effbench.models.sequences import Layout, Rows
+from effbench.models.sequences import Layout, Rows, refuse_second
 
 if TYPE_CHECKING:
     from effbench.calibration_set import CalibrationSet
@@ -72,10 +72,7 @@ class DataMix(Method):
 
     def edit_training(self, plan: TrainingPlan) -> None:
         model = plan.model.model
-        if model.layout is not None:
-            raise UsageError(
-                f"{model.layout.name} and data_mix conflict: both lay out the samples of a batch", "name one of them"
-            )
+        refuse_second(model, "data_mix")
         if self.synthetic:
             if not model.second:
                 raise UsageError(

@@ -17,9 +17,8 @@ from effbench_methods.algorithms.attention_written_out import bf16_on_cpu, write
 from effbench_methods.algorithms.attention_written_out import notes as notes_of_attention
 from effbench_methods.algorithms.bf16_linear import PackedLinear, pack_layers, pack_tower
 from effbench_methods.algorithms.int8_linear import Int8Linear
-from effbench_methods.algorithms.tower_parts import captioner_parts, sides, towers_asked_for
+from effbench_methods.algorithms.tower_parts import PARTS, captioner_parts, sides, towers_asked_for
 
-PARTS = ("tower", "text", "connector", "decoder")
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 

@@ -19,7 +19,7 @@ from effbench_methods.algorithms.fused_gelu import gelus
 from effbench_methods.algorithms.int8_linear import Int8Linear
 from effbench_methods.algorithms.loss_gradients import evaluating
 from effbench_methods.algorithms.low_bit_weights import Fp8Linear, Int4WeightsLinear, Int8WeightsLinear, LowBitWeights
-from effbench_methods.algorithms.tower_parts import captioner_parts, sides, towers
+from effbench_methods.algorithms.tower_parts import PARTS, captioner_parts, sides, towers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,6 @@ KERNELS = dict(
 )
 #: least cosine with the float layer for a kernel to be taken as right, on random numbers
 COSINE = dict(dynamic=0.999, static=0.999, weight_only=0.999, int4=0.99, fp8=0.99)
-PARTS = ("tower", "text", "connector", "decoder")
 NAMED = 3  # layers that a message names
 
 
@@ -104,7 +103,7 @@ class Quantize(Method):
         for name, tower in towers(model).items():
             if name in self.target:
                 unpack_tower(tower)
-        for name, part in (captioner_parts(model) if model.decoder is not None else {}).items():
+        for name, part in captioner_parts(model).items():
             if name in self.target:
                 unpack_layers(part)
         found = linears(model, self.target)

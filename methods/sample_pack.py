@@ -11,7 +11,7 @@ from effbench.calibration_set import CalibrationSet
 from effbench.errors import UsageError
 from effbench.method import Method, TrainingPlan, param
 from effbench.models.captioner import Captioner, Language
-from effbench.models.sequences import Layout, Rows
+from effbench.models.sequences import Layout, Rows, refuse_second
 from effbench.models.tower import ModelView
 from effbench_methods.algorithms.packing import groups, pack, places, tightest
 
@@ -59,10 +59,7 @@ class SamplePack(Method):
 
     def edit_training(self, plan: TrainingPlan) -> None:
         model = plan.model.model
-        if model.layout is not None:
-            raise UsageError(
-                f"{model.layout.name} and sample_pack conflict: both lay out the samples of a batch", "name one of them"
-            )
+        refuse_second(model, "sample_pack")
         if self.layout == "pack":
             check(model.language)
         model.layout = SampleLayout(self)

@@ -146,7 +146,7 @@ def _transformers_experts(module: Any, inputs: list[Any], output: Any) -> list[P
     return found
 
 
-def _are_experts(module: nn.Module) -> bool:
+def are_experts(module: nn.Module) -> bool:
     """Experts of transformers that hold their weights in one tensor each."""
     kind = type(module)
     named = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("Experts")
@@ -246,7 +246,7 @@ def formula_of(module: nn.Module) -> Formula | None:
         for place in (kind.__module__, kind.__module__.partition(".")[0]):
             if (key := f"{place}.{kind.__name__}") in FORMULAS:
                 return FORMULAS[key]
-    if _are_experts(module):
+    if are_experts(module):
         return _transformers_experts
     return _transformers_attention if _is_of_transformers(module) else None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from effbench.measure.flop_layer_formulas import are_experts
 from effbench.measure.kernels import dtype_name
 from effbench.measure.tensor_memory import plain, weights
 from effbench.records import Flops, Structure
@@ -152,7 +153,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
                     # several numbers of less than a byte may share one
                     packed = isinstance(module, nn.Linear) and _low_bit(weight.dtype)
                     yield weight, module.in_features * module.out_features if packed else weight.numel()
-        elif type(module).__name__.endswith("Experts"):  # a tensor for the layers of all experts
+        elif are_experts(module):  # a tensor for the layers of all experts
             yield from ((weight, weight.numel()) for weight in module.parameters(recurse=False) if weight.ndim == 3)
     for leaf in tree_leaves(model.state_dict()):  # torch.ao's
         if isinstance(leaf, Tensor) and leaf.is_quantized and leaf.ndim > 1:

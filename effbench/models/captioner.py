@@ -265,7 +265,7 @@ class Captioner(nn.Module):
         if parts < 2:
             return self._losses(prompt, owner, tokens, target, *like)
         # texts of about one length together, so that little padding is computed
-        lengths = (target != IGNORE).long().flip(1).cumsum(dim=1).gt(0).sum(dim=1)  # up to the last target
+        lengths = lengths_of(target)
         order = lengths.argsort()
         found = []
         for texts in order.tensor_split(parts):
@@ -313,10 +313,15 @@ class Captioner(nn.Module):
         else:
             text = prefix.shape[1] - 1
             around = len(self.before), prefix.shape[1] - len(self.after)
-            lengths = (target != IGNORE).long().flip(1).cumsum(dim=1).gt(0).sum(dim=1)  # up to the last target
-            self.language.span = Span(around if self.has_image(prefix) else (0, 0), text, text + lengths - 1)
+            ends = text + lengths_of(target) - 1
+            self.language.span = Span(around if self.has_image(prefix) else (0, 0), text, ends)
             logits = self.logits(prefix, tokens)
         return F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), ignore_index=IGNORE)
+
+
+def lengths_of(target: Tensor) -> Tensor:
+    """Tokens of each text up to the last one that is to be predicted, (texts,); target: see `Captioner.loss`."""
+    return (target != IGNORE).long().flip(1).cumsum(dim=1).gt(0).sum(dim=1)
 
 
 def token_losses(logits: Tensor, target: Tensor, owner: Tensor, texts: int) -> Tensor:

@@ -63,10 +63,9 @@ class PooledLinear(nn.Module):
         """
         if self.side is None or tokens.shape[1] <= self.side**2:
             return tokens
-        patches, channels = math.isqrt(tokens.shape[1]), tokens.transpose(1, 2)
-        if patches**2 != tokens.shape[1]:
-            return F.adaptive_avg_pool1d(channels, self.side**2).transpose(1, 2)
-        return F.adaptive_avg_pool2d(channels.unflatten(2, (patches, patches)), self.side).flatten(2).transpose(1, 2)
+        if math.isqrt(tokens.shape[1]) ** 2 != tokens.shape[1]:
+            return F.adaptive_avg_pool1d(tokens.transpose(1, 2), self.side**2).transpose(1, 2)
+        return smaller_grid(tokens, self.side)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Pooled tokens (batch, tokens, width) -> (batch, tokens, out)."""
@@ -235,6 +234,13 @@ class Shuffle(nn.Module):
     def forward(self, squares: Tensor) -> Tensor:
         """(batch, squares, width of all their patches) -> (batch, squares, out)."""
         return self.mlp(squares)
+
+
+def smaller_grid(tokens: Tensor, side: int) -> Tensor:
+    """Means over squares: the tokens (batch, n, width) of a square grid as (batch, side x side, width)."""
+    along = math.isqrt(tokens.shape[1])
+    grid = tokens.transpose(1, 2).unflatten(2, (along, along))
+    return F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
 
 
 def heads(width: int) -> tuple[int, int]:

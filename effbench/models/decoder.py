@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from effbench.errors import UsageError
-from effbench.models.shortening import REFUSED, Choice, Shortener, place
+from effbench.models.shortening import REFUSED, Choice, Shortener
 
 if TYPE_CHECKING:
     from effbench.models.captioner import Language
@@ -101,10 +101,10 @@ class Decoder:
             raise UsageError(f"{choice.name} cannot remove tokens inside a {self.name}: {why}", REFUSED)
         language = self.language
         if language.shortener is None:
-            language.shortener = Shortener(self.module, language.grid is not None)
+            language.shortener = Shortener(self.module, self.blocks, language.grid is not None)
         if str(layer) in language.shortener.choices:
             raise UsageError(f"{choice.name} acts before layer {layer} already", "apply it once")
-        place(language.shortener, self.module, self.blocks, layer, choice)
+        language.shortener.put(layer, choice)
 
     def _kinds(self) -> dict[str, list[str]]:
         """What the configuration says of each layer, by name: the kind of its attention, of its MLP."""

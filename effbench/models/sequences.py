@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from effbench.errors import UsageError
+
 if TYPE_CHECKING:
     from effbench.models.captioner import Captioner
 
@@ -55,6 +57,14 @@ class Layout(nn.Module):
             groups of rows, each of which the language model runs on its own.
         """
         raise NotImplementedError
+
+
+def refuse_second(model: Captioner, name: str) -> None:
+    """Refuse a method, by its name, that would lay out the samples which another lays out already."""
+    if model.layout is not None:
+        raise UsageError(
+            f"{model.layout.name} and {name} conflict: both lay out the samples of a batch", "name one of them"
+        )
 
 
 def logits_in_rows(

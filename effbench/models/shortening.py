@@ -96,17 +96,30 @@ class Shortener(nn.Module):
         left: by layer what its choice left of the last prompt.
     """
 
-    def __init__(self, body: nn.Module, two_dimensional: bool) -> None:
+    def __init__(self, body: nn.Module, layers: nn.ModuleList, two_dimensional: bool) -> None:
         super().__init__()
         from effbench.models.watching import ClassOrLast
 
+        for each in layers:
+            each.register_forward_pre_hook(self.enter, with_kwargs=True)
         self.choices = nn.ModuleDict()
         self.watch = ClassOrLast()
         self.renumbers = False
         self.two_dimensional = two_dimensional  # positions that cannot be renumbered
-        self.rotary = [getattr(body, "rotary_emb", None)]  # in a list: it is the body's own part
+        self.body = [body]  # in a list: it is no part of this
         self.left: dict[int, Stage] = {}
         self._forget()
+
+    def put(self, layer: int, choice: Choice) -> None:
+        """Put a choice before a layer; see `effbench.models.decoder.Decoder.shorten`."""
+        from effbench.models.watching import ATTENTION
+
+        (body,) = self.body
+        if not self.choices:
+            self.renumbers = choice.renumbers and not self.two_dimensional
+        if choice.watches and body.config._attn_implementation != ATTENTION:
+            body.set_attn_implementation(ATTENTION)
+        self.choices[str(layer)] = choice
 
     def _forget(self) -> None:
         self.active = self.reading = False
@@ -146,10 +159,12 @@ class Shortener(nn.Module):
         if cache is not None:
             cache.shortened = self.left  # filled as the layers run
         self.behind = 0 if cache is not None else x.shape[1] - len(places)  # text that is not the prompt's
-        self.image = self._image(x, places, mask)
+        index = places.nonzero()[:, 0]
+        self.images = 1 + int((index.diff() > 1).sum())
+        padding = 0 if mask is None else (mask == 0).sum(dim=1, keepdim=True)  # at the front
+        self.image = index.expand(len(x), -1) + padding
         self.real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool().clone()
         self.real[:, x.shape[1] - self.behind :] = False  # a choice must not depend on what is written later
-        self.images = 1 + int((places.nonzero()[:, 0].diff() > 1).sum())
         if "0" not in self.choices:
             return x, mask, positions
         batch, entered = x.shape[:2]
@@ -182,18 +197,10 @@ class Shortener(nn.Module):
         if not self.active:
             return None
         tokens = args[0] if args else kwargs["hidden_states"]
-        if layer == 0:
-            self.entered = tokens.shape[1]
-        if layer and str(layer) in self.choices:
-            if self.reading:
-                found = self._choose(layer, tokens)
-                if found is not None:
-                    tokens, origin = found
-                    origin = origin if self.now is None else self.now.origin.gather(1, origin)
-                    self.left[layer] = Stage(origin, self.entered)
-            if layer in self.left:
-                self.now = self.left[layer]
-                self.made = {}
+        if layer and self.reading and str(layer) in self.choices:
+            tokens = self._drop(layer, tokens)
+        if layer and layer in self.left:
+            self.now, self.made = self.left[layer], {}
         kwargs = kwargs | {name: self._fitted(name, kwargs[name], tokens, kwargs) for name in FITTED if name in kwargs}
         later = str(layer + 1)
         if self.reading and later in self.choices and self.choices[later].watches:
@@ -201,6 +208,21 @@ class Shortener(nn.Module):
         if args:
             return (tokens, *args[1:]), kwargs
         return args, kwargs | dict(hidden_states=tokens)
+
+    def _drop(self, layer: int, tokens: Tensor) -> Tensor:
+        """What a choice leaves of the tokens that enter a layer behind the first."""
+        found = self._choose(layer, tokens)
+        if found is None:
+            return tokens
+        left, origin = found
+        before = self.now
+        whole = (
+            Stage(origin, tokens.shape[1])
+            if before is None
+            else before._replace(origin=before.origin.gather(1, origin))
+        )
+        self.left[layer] = whole
+        return left
 
     def _choose(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
         """What is left of tokens, and which of them that is (batch, left); None for all."""
@@ -223,11 +245,6 @@ class Shortener(nn.Module):
         self.real = self.real.gather(1, origin)
         self.image = (stays.cumsum(dim=1).gather(1, places) - 1).long()
         return at(tokens, origin), origin
-
-    def _image(self, x: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:
-        """(batch, n) where the image tokens stand in a prompt that may be padded at the front."""
-        index = places.nonzero()[:, 0].expand(len(x), -1)
-        return index if mask is None else index + (mask == 0).sum(dim=1, keepdim=True)
 
     def _fitted(self, name: str, given: Any, tokens: Tensor, kwargs: dict[str, Any]) -> Any:
         """A layer's mask or positions for what is left."""
@@ -262,7 +279,7 @@ class Shortener(nn.Module):
         if not self.renumbers:
             return given
         if pair:
-            return self.rotary[0](tokens, kwargs["position_ids"] - self.now.gone)
+            return self.body[0].rotary_emb(tokens, kwargs["position_ids"] - self.now.gone)
         return given - self.now.gone
 
 
@@ -298,16 +315,3 @@ def at(x: Tensor, index: Tensor) -> Tensor:
 
 def wide(index: Tensor, like: Tensor) -> Tensor:
     return index.unsqueeze(-1).expand(-1, -1, like.shape[-1])
-
-
-def place(shortener: Shortener, body: nn.Module, layers: nn.ModuleList, layer: int, choice: Choice) -> None:
-    """Put a choice before a layer; see `effbench.models.decoder.Decoder.shorten`."""
-    from effbench.models.watching import ATTENTION
-
-    if not shortener.choices:
-        for each in layers:
-            each.register_forward_pre_hook(shortener.enter, with_kwargs=True)
-        shortener.renumbers = choice.renumbers and not shortener.two_dimensional
-    if choice.watches and body.config._attn_implementation != ATTENTION:
-        body.set_attn_implementation(ATTENTION)
-    shortener.choices[str(layer)] = choice

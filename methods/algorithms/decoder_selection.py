@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effbench.models.shortening import at
 from effbench_methods.algorithms.selection import rest, stride, top
 
 BIAS = 1e-6  # of a relevance: the least relevant token of an image can still be chosen
@@ -100,22 +101,11 @@ def dominant_and_contextual(
     context = others.gather(1, stride(n - first, k - first, others))
     index = torch.cat([dominant, context], dim=1)
     if k == first:
-        return index, _at(tokens, index)
-    unit = F.normalize(_at(keys, others), dim=-1)
-    own = F.normalize(_at(keys, context), dim=-1)
+        return index, at(tokens, index)
+    unit = F.normalize(at(keys, others), dim=-1)
+    own = F.normalize(at(keys, context), dim=-1)
     joins = (unit @ own.transpose(1, 2)).argmax(dim=2)  # (batch, others); a context is most like itself
     totals = tokens.new_zeros(len(tokens), k - first, tokens.shape[2])
-    totals.scatter_add_(1, joins[..., None].expand(-1, -1, tokens.shape[2]), _at(tokens, others))
+    totals.scatter_add_(1, joins[..., None].expand(-1, -1, tokens.shape[2]), at(tokens, others))
     counts = tokens.new_zeros(totals.shape[:2]).scatter_add_(1, joins, torch.ones_like(joins, dtype=tokens.dtype))
-    return index, torch.cat([_at(tokens, dominant), totals / counts.clamp(min=1)[..., None]], dim=1)
-
-
-def smaller_grid(tokens: Tensor, side: int) -> Tensor:
-    """Means over squares: the tokens (batch, n, width) of a square grid as (batch, side x side, width)."""
-    along = round(tokens.shape[1] ** 0.5)
-    grid = tokens.transpose(1, 2).unflatten(2, (along, along))
-    return F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
-
-
-def _at(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    return index, torch.cat([at(tokens, dominant), totals / counts.clamp(min=1)[..., None]], dim=1)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from effbench.models.tower import ModelView, Tower
 
 
+#: what a method acts on unless its target= says otherwise
+PARTS = ("tower", "text", "connector", "decoder")
+
+
 def towers(model: ModelView) -> dict[str, Tower]:
     """The towers that a model has."""
     return {name: tower for name, tower in dict(tower=model.image, text=model.text).items() if tower is not None}
@@ -25,7 +29,7 @@ def towers_asked_for(model: ModelView, target: Collection[str], method: str) -> 
     Raises:
         UsageError: the model has nothing that it names.
     """
-    there: dict[str, Any] = towers(model) if model.decoder is None else captioner_parts(model)
+    there: dict[str, Any] = captioner_parts(model) or towers(model)
     found = {name: tower for name, tower in towers(model).items() if name in target}
     if not there.keys() & set(target):
         raise UsageError(
@@ -36,7 +40,9 @@ def towers_asked_for(model: ModelView, target: Collection[str], method: str) -> 
 
 
 def captioner_parts(model: ModelView) -> dict[str, nn.Module]:
-    """The parts of a captioner; its image tower as a whole, wrapped by effbench or not."""
+    """The parts of a captioner, its image tower as a whole, wrapped by effbench or not; none of another model."""
+    if model.decoder is None:
+        return {}
     whole = model.model
     language = whole.language
     return dict(tower=whole.image_encoder, connector=whole.connector, decoder=language.body, head=language.head)
@@ -47,8 +53,8 @@ def sides(model: ModelView) -> dict[nn.Module, str]:
 
     What a library puts around a tower, e.g. its projection, is a part of it. OpenCLIP's CLIP is its own text tower.
     """
-    if model.decoder is not None:
-        inside = {m: name for name, part in captioner_parts(model).items() for m in part.modules()}
+    if parts := captioner_parts(model):
+        inside = {m: name for name, part in parts.items() for m in part.modules()}
         return {module: inside.get(module, "") for module in model.model.modules()}
     paths = {module: path for path, module in model.model.named_modules()}
     image = text = None
