@@ -327,6 +327,8 @@ class Captioning(Task):
 
     def text_losses(self, model: Captioner, batch: dict[str, Tensor]) -> Tensor:
         """Of each text without its image: loss, tokens, and how many of them were the likeliest (texts, 3)."""
+        if "text" in batch:
+            return batch["text"]
         none = torch.zeros_like(batch["owner"])
         return model.losses(model.starts(1), none, batch["tokens"], batch["target"])
 
@@ -336,6 +338,9 @@ class Captioning(Task):
 
     def locked(self, model):
         return [model.image_encoder]
+
+    def shared(self, model, batch):
+        return super().shared(model, batch) | {"text": ([model.language], lambda: self.text_losses(model, batch))}
 
     def score(self, prepared, split, outputs):
         texts, references = prepared.texts[split], prepared.references[split]

@@ -15,9 +15,14 @@ import typer
 from typer.exceptions import TyperException
 
 from effbench.commands.calibrate import calibrate
+from effbench.commands.check import check as check_plugin
+from effbench.commands.compare import compare
 from effbench.commands.data import check, get
+from effbench.commands.export import export
 from effbench.commands.flops import flops
 from effbench.commands.gate import gate
+from effbench.commands.plot import plot
+from effbench.commands.recommend import recommend
 from effbench.commands.run import exit_code, run
 from effbench.commands.sweep import sweep
 from effbench.errors import EffbenchError, InvalidError, UsageError
@@ -100,8 +105,46 @@ app.command(
     epilog=_examples(
         "effbench gate --reference tests/reference/scenes",
         "effbench gate --reference 20260102-scenes latest --out results",
+        "effbench gate --times --reference main",
+        "effbench gate --drift --since 2026-01-31",
     )
 )(gate)
+app.command(
+    epilog=_examples(
+        "effbench plot", "effbench plot pareto --width two --format svg", "effbench plot keep-rate latest --to figures"
+    )
+)(plot)
+app.command(
+    "check",
+    epilog=_examples(
+        "effbench check token_prune",
+        "effbench check token_prune --spec 'token_prune:keep=0.5,score=norm'",
+        "effbench check token_prune --backbone timm:test_vit",
+        "effbench check scenes --json",
+    ),
+)(check_plugin)
+app.command(
+    epilog=_examples(
+        "effbench compare 20260102-scenes latest",
+        "effbench compare main HEAD --out results",
+        "effbench compare v0.1 tests/reference/scenes --markdown",
+    )
+)(compare)
+app.command(
+    epilog=_examples(
+        "effbench export --to results.parquet",
+        "effbench export latest --samples --to steps.parquet",
+        "effbench export --out results --to results.csv --force",
+        "effbench export latest --log mlflow",
+    )
+)(export)
+app.command(
+    epilog=_examples(
+        "effbench recommend --max-lossiness 1% --device cpu",
+        "effbench recommend --max-lossiness 2% --task flickr8k --backbone timm:deit_tiny_patch16_224",
+        "effbench recommend --max-lossiness 0.5% --out results --json",
+    )
+)(recommend)
 data.command(epilog=_examples("effbench data get flickr8k", "effbench data get flickr8k --to /data/flickr8k"))(get)
 data.command(epilog=_examples("effbench data check flickr8k", "effbench data check flickr8k --data PATH"))(check)
 
@@ -164,18 +207,41 @@ def doctor() -> int:
     return examine(console())
 
 
+PluginName = Annotated[str, typer.Argument(help="Its name: lower case, digits and _.")]
+To = Annotated[Path, typer.Option(help="Folder to make the package in.")]
+Install = Annotated[
+    bool, typer.Option("--install/--no-install", help="Let pip install it here, so that effbench finds it (editable).")
+]
+
+
 @new.command(
     "method", epilog=_examples("effbench new method half_depth", "effbench new method half_depth --to plugins")
 )
-def new_method(
-    name: Annotated[str, typer.Argument(help="The method's name: lower case, digits and _.")],
-    to: Annotated[Path, typer.Option(help="Folder to make the package in.")] = Path("."),
-) -> None:
-    """Write a package with a method that works, its test and its README."""
+def new_method(name: PluginName, to: To = Path("."), install: Install = True) -> None:
+    """Write a package with a method that works, its test and its README, and install it."""
     from effbench.scaffold import write_method
 
-    folder = write_method(name, to)
-    say(f"wrote {folder}\nnext:  pip install -e {folder}\n       effbench run --method {name} --task scenes")
+    _made("method", name, write_method(name, to), install, f"effbench run --method {name} --task scenes")
+
+
+@new.command("task", epilog=_examples("effbench new task my_photos", "effbench new task my_photos --no-install"))
+def new_task(name: PluginName, to: To = Path("."), install: Install = True) -> None:
+    """Write a package with a retrieval task on a folder of images and captions, its test and its README; install it."""
+    from effbench.scaffold import write_task
+
+    _made("task", name, write_task(name, to), install, f"effbench run --task {name} --method token_prune")
+
+
+def _made(kind: str, name: str, folder: Path, installs: bool, run: str) -> None:
+    """Say what was written, install it, and say what comes next."""
+    from effbench.scaffold import install
+
+    say(f"wrote {folder}: the {kind} is effbench_{name}/{name}.py in it")
+    if installs:
+        say(f"installed {folder.name} into {install(folder)}, editable; pip uninstall {folder.name} removes it")
+    else:
+        say(f"not installed: pip install -e {folder}")
+    say(f"next:  effbench check {name}\n       {run}")
 
 
 def share_cores() -> None:

@@ -18,7 +18,7 @@ from effbench.economics import look_steps
 from effbench.engine import optimiser
 from effbench.lockstep import Arm, Batch
 from effbench.measure.memory import process_peak, weight_bytes
-from effbench.passes import kinds_in_tower
+from effbench.passes import kinds
 from effbench.report.figures import mebibytes
 from effbench.settling import chooses
 from effbench.timing import WARMUP
@@ -117,9 +117,9 @@ def _testing(
     found = task.frozen_features(model, batch["image"])
     if found is None:
         return _seconds(lambda: task.predict(model, batch))
-    seconds, kinds = 0.0, kinds_in_tower(model, task)
-    if not any(kinds == other and torch.equal(found, given) for other, given in towers):
-        towers.append((kinds, found))
+    seconds, made = 0.0, kinds(task.locked(model))
+    if not any(made == other and torch.equal(found, given) for other, given in towers):
+        towers.append((made, found))
         seconds = _seconds(lambda: task.frozen_features(model, batch["image"]))
     return seconds + _seconds(lambda: task.predict(model, batch | dict(features=found)))
 

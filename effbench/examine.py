@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from effbench import records
+from effbench import randomness, records
 from effbench.arms import CONTROLS
 from effbench.errors import EffbenchError
 from effbench.measure.analytic import analytic_of, disagreement
+from effbench.measure.census import census
+from effbench.measure.fingerprint import fingerprint
 from effbench.measure.flops import FlopCount, flops_of
 from effbench.measure.kernels import kernels
 from effbench.measure.memory import disk_bytes, probe
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 
 IMAGES = 16  # whose FLOPs are counted one by one, where they depend on the image
+FROZEN = 8  # test images whose outputs a model is recognised by
 
 
 def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -48,8 +51,9 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
     def step() -> None:
         task.serve(arm.model, batch)
 
+    seen: list[records.Kernels] = []
     with torch.inference_mode():
-        seen = kernels(step)
+        operations = census(lambda: seen.append(kernels(step)))
     with torch.no_grad():
         count = flops_of(step, arm.model)
         formulas = analytic_of(step, arm.model)
@@ -62,8 +66,10 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
         parameters=parameters(arm.model),
         weight_bytes=sum(there.dtypes.values()),
         disk_bytes=disk_bytes(arm.model),
-        kernels=seen,
+        kernels=seen[0],
         structure=there,
+        census=operations,
+        fingerprint=_fingerprint(experiment, arm.model),
         decoding=_decoding(experiment, arm.model, batch, count, pairs),
     )
     if training is not None:
@@ -76,6 +82,20 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
     facts["no_quality"] = "; ".join(filter(None, (method.no_quality(edited) for method in arm.plan.methods)))
     facts["notes"] = tuple(note for note in [disagreement(count, formulas), *said] if note)
     return facts, _signatures(arm.model, task.parts(arm.model), count)
+
+
+def _fingerprint(experiment: Experiment, model: nn.Module) -> records.Fingerprint:
+    """Of what the model makes of the same few test images each time, all their texts with them."""
+    task, images = experiment.task, experiment.sizes["test"]
+    rows = np.sort(np.random.default_rng(0).permutation(images)[:FROZEN])
+    batch = experiment.setting.to_device(task.batch(experiment.prepared, "test", rows, None))
+    outer = randomness.get_state()
+    randomness.seed_all(0)  # a method may choose blindly
+    try:
+        with torch.inference_mode():
+            return fingerprint(task.look(model, batch), len(rows))
+    finally:
+        randomness.set_state(outer)
 
 
 def _test_batch(experiment: Experiment, rows: np.ndarray) -> Batch:

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
-from effbench import calibration_set, engine, randomness, results, store
+from effbench import calibration_set, engine, randomness, results, store, unfinished
 from effbench.arms import (
     CONTROLS,
     ArmPlan,
@@ -188,6 +188,9 @@ class Experiment:
                 f"this very experiment is running already in {out}", "wait for it, or choose another --out"
             ) from None
         try:
+            asked = tuple(plan.name for plan in self.plans if plan.kind == "method")
+            about = dict(task=self.name, data=self.data.name, backbone=str(self.backbone), arms=asked, command=command)
+            unfinished.note(folder, unfinished.About(**about))
             self._ground()
             journal = Journal(Checkpoint(folder / "checkpoint.pt", every), self, fresh)
             # images are decoded here, under their own progress, not inside the first timed stage

@@ -1,7 +1,9 @@
 """The gate: whether a run's deterministic figures are those of a reference record. Reads records, needs no torch.
 
 FLOPs, tokens, bytes and numbers of weights come out the same on every machine and at every load, so they are compared
-exactly: a figure that changed by one unit has a cause in the code. Times and quality are not looked at.
+exactly: a figure that changed by one unit has a cause in the code. What a model computes and how good it is are
+compared exactly too where they can be, and within a stated tolerance elsewhere (`effbench.gate_quality`). Times are
+not looked at.
 """
 
 from __future__ import annotations
@@ -11,13 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from effbench.errors import InvalidError
+from effbench.findings import Finding, Outcome
+from effbench.gate_quality import computed, quality
 from effbench.records import Arm, Envelope, Record
 from effbench.report.figures import by_layer
 from effbench.report.markdown import clean
 
-ENVELOPE = ("task", "data", "data_fingerprint", "split", "backbone", "weights")
-PROTOCOL = ("train", "head", "image_size", "precision", "data_share")
-TRAINING = ("epochs", "batch_size", "engine", "zero_stage", "processes")
+TITLE = "effbench gate"
+#: of the protocol, what these figures do not depend on: the machine, and how long it is timed
+MACHINE = {"device", "threads", "timing_batch", "timing_pairs"}
+TRAINING = {"epochs", "batch_size", "lr", "weight_decay", "dev_checks", "warmup", "schedule"}
+TRAINING |= {"engine", "zero_stage", "processes"}
 RENEW = "make a new reference if this is meant"
 
 
@@ -29,11 +35,12 @@ class Change:
     figure: str
     old: Any
     new: Any
+    said: str = ""
 
     @property
     def percent(self) -> float | None:
         """new / old - 1 in per cent; None for what is no number."""
-        numbers = type(self.old) is int and type(self.new) is int and self.old
+        numbers = all(type(value) in (int, float) for value in (self.old, self.new)) and self.old
         return 100 * (self.new / self.old - 1) if numbers else None
 
     @property
@@ -46,11 +53,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came out: every changed figure, how many were compared, and what a reader should know."""
+    """What came out: every changed figure, how many were compared, all findings, and what a reader should know."""
 
     changes: tuple[Change, ...]
     arms: int
     figures: int
+    findings: tuple[Finding, ...]
     notes: tuple[str, ...]
 
     @property
@@ -66,6 +74,20 @@ class Comparison:
         how = f"{lower} of them lower: an improvement still needs a new reference" if lower else "none of them lower"
         return f"CHANGED: {len(self.changes)} of {self.figures} figures are not those of the reference, {how}"
 
+    def outcome(self, *more: str) -> Outcome:
+        """As the reports take it, with further notes."""
+        verdict, _, said = self.verdict.partition(": ")
+        return Outcome(TITLE, verdict, said, self.findings, (*self.notes, *more), self.exit_code)
+
+
+class Incomparable(InvalidError):
+    """The two records cannot be compared; `findings` names every reason."""
+
+    def __init__(self, findings: list[Finding], hint: str) -> None:
+        more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+        super().__init__(findings[0].said + more, hint)
+        self.findings = tuple(findings)
+
 
 def compare(reference: Record, run: Record) -> Comparison:
     """Compare a run's deterministic figures with a reference's, arm by arm.
@@ -76,31 +98,39 @@ def compare(reference: Record, run: Record) -> Comparison:
     """
     _same_question(reference.envelope, run.envelope)
     expected, found = _arms(reference, "the reference"), _arms(run, "the run")
-    notes = []
+    gone = [old for key, old in expected.items() if key not in found]
+    if gone:
+        said = [f"the run has no arm {clean(old.name)}, which the reference has" for old in gone]
+        raise Incomparable([_invalid(old.name, "arm", text) for old, text in zip(gone, said, strict=True)], RENEW)
+    notes, changes, passed = [], [], []
+    unknown: dict[tuple[str, str], list[str]] = {}
     if reference.id == run.id:
         notes.append(f"both records have the id {reference.id}")
     if run.status != "ok":
         notes.append(f"the run is {run.status} ({clean(run.why_invalid)}); what is compared here does not depend on it")
     for arm in (arm for key, arm in found.items() if key not in expected):
-        notes.append(f"{clean(arm.name)} is not in the reference: not compared")
-    changes, unknown = [], {}
-    compared = 0
-    same_device = reference.envelope.protocol.device == run.envelope.protocol.device
+        unknown.setdefault(("arm", "not in the reference, so not compared"), []).append(arm.name)
     for key, old in expected.items():
-        if key not in found:
-            raise InvalidError(f"the run has no arm {clean(old.name)}, which the reference has", RENEW)
-        for (figure, was), (_, now) in zip(_figures(old), _figures(found[key]), strict=True):
-            if figure == "attention" and not same_device:
-                continue
-            if was is None:
-                unknown |= {figure: None} if now is not None else {}
-                continue
-            compared += 1
-            if was != now:
-                changes.append(Change(clean(old.name), figure, was, now))
-    if unknown:
-        notes.append(f"not in the reference, so not compared: {', '.join(unknown)}")
-    return Comparison(tuple(changes), len(expected), compared, tuple(notes))
+        new, name = found[key], clean(old.name)
+        for figure, was, now, said, verdict in _compared(reference, run, old, new):
+            if verdict == "NOTE":
+                unknown.setdefault((figure, said), []).append(old.name)
+            elif verdict == "CHANGED":
+                changes.append(Change(name, figure, was, now, said))
+            else:
+                passed.append(Finding(name, figure, "PASS", said))
+    findings = [
+        Finding(change.arm, change.figure, "CHANGED", reason(change), *shown_beside(change.old, change.new))
+        for change in changes
+    ]
+    findings += [Finding(", ".join(arms), figure, "NOTE", said) for (figure, said), arms in unknown.items()]
+    return Comparison(tuple(changes), len(expected), len(changes) + len(passed), (*findings, *passed), tuple(notes))
+
+
+def reason(change: Change) -> str:
+    """By how much a figure changed, or what it means."""
+    amount = "" if change.percent is None else f"{change.percent:+.3g} %"
+    return "; ".join(filter(None, (amount, change.said)))
 
 
 def shown(value: Any) -> str:
@@ -112,41 +142,94 @@ def shown(value: Any) -> str:
             return "yes" if value else "no"
         case int():
             return f"{value:,}"
+        case float():
+            return f"{value:.7g}"
         case tuple():
             return by_layer(value)
         case dict():
-            return ", ".join(f"{clean(name)} {count:,}" for name, count in sorted(value.items()))
+            return ", ".join(f"{clean(name)} {count:,}" for name, count in sorted(value.items())) or "none"
         case frozenset():
-            return " + ".join(sorted(map(clean, value)))
+            return " + ".join(sorted(map(clean, value))) or "none"
     return clean(str(value))
 
 
+def shown_beside(old: Any, new: Any) -> tuple[str, str]:
+    """Two values of one figure as text; of two tables only the entries that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        differ = [key for key in {**old, **new} if old.get(key, 0) != new.get(key, 0)]
+        old, new = ({key: each.get(key, 0) for key in differ} for each in (old, new))
+    return shown(old), shown(new)
+
+
+def _compared(reference: Record, run: Record, old: Arm, new: Arm) -> Iterator[tuple[str, Any, Any, str, str]]:
+    """Each figure of an arm: its name, both values, what is said, and PASS, CHANGED or NOTE."""
+    same_device = reference.envelope.protocol.device == run.envelope.protocol.device
+    same_libraries = reference.provenance.versions == run.provenance.versions
+    for (figure, was), (_, now) in zip(_figures(old), _figures(new), strict=True):
+        if was is None:
+            if now is not None:
+                yield figure, was, now, "the reference does not have it, so it is not compared", "NOTE"
+        elif figure == "attention" and not same_device:
+            yield figure, was, now, "measured on another kind of device, so not compared", "NOTE"
+        elif figure == "operations" and not (same_device and same_libraries):
+            what = "set of library versions" if same_device else "kind of device"
+            yield figure, was, now, f"measured with another {what}, so not compared", "NOTE"
+        else:
+            yield figure, was, now, "", "PASS" if was == now else "CHANGED"
+    yield from computed(reference, run, old, new)
+    yield from quality(reference, run, old, new)
+
+
 def _same_question(reference: Envelope, run: Envelope) -> None:
-    """Refuse another envelope, naming the first field that differs and that these figures depend on."""
-    protocol = PROTOCOL + (TRAINING if reference.protocol.train != "none" else ())
-    pairs = [(name, getattr(reference, name), getattr(run, name)) for name in ENVELOPE]
-    pairs += [(name, getattr(reference.protocol, name), getattr(run.protocol, name)) for name in protocol]
-    for name, was, now in pairs:
-        if was != now:
-            raise InvalidError(
-                f"the reference answers another question: {name} is {clean(str(was))} there and {clean(str(now))} here",
-                "run with the reference's settings, or make a new reference",
-            )
+    """Refuse another envelope, naming every field that differs and that these figures depend on."""
+    ignored = MACHINE | (TRAINING if reference.protocol.train == "none" else set())
+    pairs = [
+        (name, getattr(reference, name), getattr(run, name))
+        for name in Envelope.model_fields
+        if name not in ("protocol", "device_model")
+    ]
+    pairs += [
+        (name, getattr(reference.protocol, name), getattr(run.protocol, name))
+        for name in type(run.protocol).model_fields
+        if name not in ignored
+    ]
+    differ = [
+        _invalid(
+            "envelope",
+            name,
+            f"the reference answers another question: {name} is {clean(str(was))} there and {clean(str(now))} here",
+            clean(str(was)),
+            clean(str(now)),
+        )
+        for name, was, now in pairs
+        if was != now
+    ]
+    if differ:
+        raise Incomparable(differ, "run with the reference's settings, or make a new reference")
 
 
 def _arms(record: Record, name: str) -> dict[tuple[str, ...], Arm]:
     arms = {(arm.kind, arm.control, arm.spec, arm.phase): arm for arm in record.arms}
     if len(arms) < len(record.arms):
         raise InvalidError(f"{name} has the same arm twice", "restore or delete it")
-    for arm in arms.values():
-        if arm.status == "FAILED":
-            hint = f"effbench show {record.id}" if name == "the run" else "make a new one"
-            raise InvalidError(f"{clean(arm.name)} failed in {name}: {clean(arm.error)}", hint)
+    failed = [arm for arm in arms.values() if arm.status != "ok"]
+    if failed:
+        said = [f"{clean(arm.name)} {_how(arm)} in {name}: {clean(arm.error)}" for arm in failed]
+        hint = f"effbench show {record.id}" if name == "the run" else "make a new one"
+        raise Incomparable([_invalid(arm.name, "arm", text) for arm, text in zip(failed, said, strict=True)], hint)
     return arms
 
 
+def _how(arm: Arm) -> str:
+    return "failed" if arm.status == "FAILED" else f"is {arm.status}"
+
+
+def _invalid(cell: str, figure: str, said: str, old: str = "", new: str = "") -> Finding:
+    return Finding(clean(cell), figure, "INVALID", said, old, new)
+
+
 def _figures(arm: Arm) -> Iterator[tuple[str, Any]]:
-    """The deterministic figures of an arm, always in the same order; None is what was not recorded."""
+    """The figures that are compared exactly, always in the same order; None is what was not recorded."""
     for phase, flops in (("test", arm.test_flops), ("train", arm.train_flops)):
         for name, field in (
             ("FLOPs", "dense"),
@@ -162,3 +245,4 @@ def _figures(arm: Arm) -> Iterator[tuple[str, Any]]:
     yield "trained parameters", arm.trained_parameters
     yield "bytes by dtype", arm.structure.dtypes if arm.structure else None
     yield "attention", frozenset(arm.kernels.attention) if arm.kernels else None
+    yield "operations", arm.census or None

@@ -15,6 +15,9 @@ from effbench.terminal import plain
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from effbench.records import Record
+    from effbench.unfinished import Unfinished
+
 REGISTRIES = {
     "methods": registry.methods,
     "tasks": registry.tasks,
@@ -84,22 +87,48 @@ def detail(kind: str, name: str, console: Console) -> None:
 
 
 def runs(root: Path, console: Console) -> None:
-    """All records under a leaderboard's folder, oldest first, and what cannot be read."""
-    from effbench.store import read_all
+    """All records under a leaderboard's folder, oldest first, what cannot be read, and what has not ended."""
+    from effbench import unfinished
+    from effbench.store import created, each
 
-    records, problems = read_all(root)
-    if not records and not problems:
+    problems: list[str] = []
+    lines = sorted((created(record), *_cells(record)) for record in each(root, problems))
+    partial = unfinished.runs(root)
+    if not lines and not problems and not partial:
         console.print(Text(f"no run in {root}; make one: effbench run --method token_prune --task flickr8k"))
         return
     table = _table(f"runs in {root}", "id", "when", "task", "data", "backbone", "arms", "status")
     table.columns[0].no_wrap = True
-    for record in records:
-        arms = ", ".join(arm.name for arm in record.arms if arm.kind == "method") or "baseline alone"
-        when = f"{record.created:%Y-%m-%d %H:%M}"
-        cells = (record.id, when, record.envelope.task, record.envelope.data, record.envelope.backbone, arms)
-        failed = any(arm.status == "FAILED" for arm in record.arms)
-        status = record.status if record.status != "ok" else "arm FAILED" if failed else "ok"
-        table.add_row(*(Text(plain(cell)) for cell in cells), Text(status, "red" if status != "ok" else "green"))
-    console.print(table)
+    for _, *cells, status in lines:
+        table.add_row(*(Text(plain(cell)) for cell in cells), Text(status, "green" if status == "ok" else "red"))
+    if lines:
+        console.print(table)
     for problem in problems:
         console.print(Text(f"cannot be read: {plain(problem)}", "red"))
+    if partial:
+        _unfinished(partial, console)
+
+
+def _cells(record: Record) -> tuple[str, ...]:
+    """A record's line."""
+    arms = ", ".join(arm.name for arm in record.arms if arm.kind == "method") or "baseline alone"
+    failed = any(arm.status == "FAILED" for arm in record.arms)
+    status = record.status if record.status != "ok" else "arm FAILED" if failed else "ok"
+    when, envelope = f"{record.created:%Y-%m-%d %H:%M}", record.envelope
+    return record.id, when, envelope.task, envelope.data, envelope.backbone, arms, status
+
+
+def _unfinished(runs: list[Unfinished], console: Console) -> None:
+    """Runs without a record, with the command that goes on with each."""
+    console.print(Text("\nwithout a record yet", "bold"))
+    for run in runs:
+        about = run.about
+        arms = ", ".join(about.arms) if about else ""
+        what = "of what is not known"
+        if about:
+            what = f"{about.task} on {about.data}, {about.backbone}: {arms or 'baseline alone'}"
+        kept = f"last saved {run.saved:%Y-%m-%d %H:%M}" if run.saved else "nothing saved yet"
+        style = {"running": "green"}.get(run.state, "yellow")
+        console.print(Text.assemble((plain(run.digest), "cyan"), "  ", (run.state, style), f", {kept}  {plain(what)}"))
+        if run.state != "running" and about and about.command:
+            console.print(Text(f"  to go on: {plain(about.command)}", "dim"), soft_wrap=True)

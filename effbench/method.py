@@ -95,7 +95,10 @@ class Method:
         phases: the phases that the method supports.
         claims: what a reader must expect: "tokens" (it removes tokens: checked against the tensors at run time),
             "per image" (how many depends on the image: FLOPs are counted image by image), "per batch" (the work
-            depends on what stands together in a batch: FLOPs are counted on the batch that is timed).
+            depends on what stands together in a batch: FLOPs are counted on the batch that is timed), "random" (what
+            it gives in testing is drawn), "neighbours" (what an image gets depends a little on the images beside it).
+        neutral: values of parameters with which the outputs are the baseline's, e.g. {"keep": 1.0}; {} where they
+            always are; None where there are none. `effbench check` looks.
     """
 
     source: ClassVar[str] = ""
@@ -104,6 +107,7 @@ class Method:
     claims: ClassVar[tuple[str, ...]] = ()
     default_phase: ClassVar[str] = "test"
     phases: ClassVar[tuple[str, ...]] = PHASES
+    neutral: ClassVar[dict[str, Any] | None] = None
 
     phase: str = field(default="", kw_only=True, metadata=dict(help="when it acts"))
 

@@ -58,7 +58,8 @@ def features(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: 
         own = [arm for arm in arms if arm.name not in twins]
         for index, _ in steps(own, "features", 0, span, fetch, work, setting):
             if index == 0:
-                twins = _twins(arms, task, {name: parts[0] for name, parts in done.items() if parts})
+                first = {name: parts[0] for name, parts in done.items() if parts}
+                twins = _twins(arms, first, {arm.name: kinds(task.locked(arm.model)) for arm in arms})
             setting.live.advance(index + 1, columns(own, setting))
             save(functools.partial(state, index))
     result = state(len(plan) - 1)
@@ -70,21 +71,21 @@ def features(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: 
     return result
 
 
-def _twins(arms: list[Arm], task: Task, first: dict[str, Tensor | None]) -> dict[str, str]:
-    """The arms whose frozen tower is the very one of an arm before them, and that arm; never noop or identity, which
-    tell the noise and the kernels.
+def _twins(arms: list[Arm], first: dict[str, Tensor | None], made: dict[str, list]) -> dict[str, str]:
+    """The arms of which a part is the very one of an arm before them, and that arm; never noop or identity, which tell
+    the noise and the kernels.
 
     Args:
-        first: features of the first batch by arm.
+        first: what the part gives for the first batch, by arm.
+        made: the part's `kinds`, by arm.
     """
     found: dict[str, str] = {}
-    kinds = {arm.name: kinds_in_tower(arm.model, task) for arm in arms if not arm.error}
     owners: list[str] = []
     for arm in arms:
         if arm.error or arm.plan.control in ("noop", "identity") or first.get(arm.name) is None:
             continue
         name = arm.name
-        same = (o for o in owners if kinds[o] == kinds[name] and torch.equal(first[o], first[name]))
+        same = (o for o in owners if made[o] == made[name] and torch.equal(first[o], first[name]))
         if owner := next(same, None):
             found[name] = owner
         else:
@@ -92,13 +93,12 @@ def _twins(arms: list[Arm], task: Task, first: dict[str, Tensor | None]) -> dict
     return found
 
 
-def kinds_in_tower(model: torch.nn.Module, task: Task) -> list[tuple[str, int, int, int]]:
-    """What a model's frozen tower is made of: class and number of hooks of each module.
+def kinds(part: list[torch.nn.Module]) -> list[tuple[str, int, int, int]]:
+    """What a part of a model is made of: class and number of hooks of each module.
 
-    A module that something outside of the tower looks at (its attribute `looked_at`) is like no other arm's: that arm's
-    tower has to run.
+    A module that something outside of the part looks at (its attribute `looked_at`) is like no other arm's: that arm's
+    part has to run.
     """
-    tower = [module for part in task.locked(model) for module in part.modules()]
     return [
         (
             type(m).__qualname__,
@@ -106,7 +106,8 @@ def kinds_in_tower(model: torch.nn.Module, task: Task) -> list[tuple[str, int, i
             len(m._forward_pre_hooks),
             id(m) if getattr(m, "looked_at", False) else 0,
         )
-        for m in tower
+        for each in part
+        for m in each.modules()
     ]
 
 
@@ -136,7 +137,8 @@ def evaluate(arm: Arm, split: str, setting: Setting, sizes: dict[str, int]) -> d
 def test(
     arms: list[Arm], seed: int, setting: Setting, sizes: dict[str, int], partial: Partial | None, save: Save
 ) -> Partial:
-    """The quality pass: every arm predicts the whole test split. Arms with one image tower share what it gives.
+    """The quality pass: every arm predicts the whole test split. Arms with one image tower share what it gives, and so
+    with whatever else the task says that they may (`Task.shared`).
 
     Returns:
         by arm under "items" and, but for the baseline, "agreement": by score, "values" and "group" tensors (see
@@ -145,8 +147,9 @@ def test(
     task, prepared = setting.task, setting.prepared
     plan = blocks("test", sizes["test"], setting.protocol.eval_batch)
     done: dict[str, list[Batch]] = {arm.name: [] for arm in arms}
-    twins: dict[str, str] = {}
-    found: dict[str, Tensor | None] = {}  # features of the batch at hand, by the first arm that has such a tower
+    twins: dict[str, dict[str, str]] = {}  # by what is shared
+    found: dict[str, dict[str, Tensor | None]] = {}  # of the batch at hand: by what is shared, by whose part gave it
+    made: dict[str, dict[str, list]] = {}
     if partial:
         done = {name: [stored] if stored else [] for name, stored in partial["outputs"].items()}
         twins = partial["twins"]
@@ -156,12 +159,18 @@ def test(
         return task.batch(prepared, *plan[index], None)
 
     def work(arm: Arm, batch: Batch, _: int) -> None:
-        owner = twins.get(arm.name, arm.name)
         with torch.inference_mode():
-            if owner not in found:
-                found[owner] = task.frozen_features(arm.model, batch["image"])
-            if found[owner] is not None:
-                batch["features"] = found[owner]
+            given = {}
+            for key, (part, compute) in task.shared(arm.model, batch).items():
+                there = found.setdefault(key, {})
+                owner = twins.get(key, {}).get(arm.name, arm.name)
+                if owner not in there:
+                    there[owner] = compute()
+                    if not twins:
+                        made.setdefault(key, {})[arm.name] = kinds(part)
+                if there[owner] is not None:
+                    given[key] = there[owner]
+            batch |= given
             done[arm.name].append({key: value.cpu() for key, value in task.predict(arm.model, batch).items()})
 
     def state(index: int) -> Partial:
@@ -172,7 +181,7 @@ def test(
     setting.live.stage(f"quality on the test split, seed {seed}", len(plan), start=start)
     for index, _ in steps(arms, "quality", seed, range(start, len(plan)), fetch, work, setting):
         if index == 0:
-            twins = _twins(arms, task, found)
+            twins = {key: _twins(arms, first, made[key]) for key, first in found.items()}
         found.clear()
         setting.live.advance(index + 1, columns(arms, setting))
         save(functools.partial(state, index))

@@ -150,7 +150,9 @@ class Interval(Model):
     @property
     def half_width(self) -> float | None:
         """Half the width of the interval, relative to the figure; None where there is none."""
-        return None if self.low is None or self.high is None else (self.high - self.low) / (2 * self.value)
+        if self.low is None or self.high is None or not self.value:
+            return None
+        return (self.high - self.low) / (2 * self.value)
 
 
 class Speedup(Interval):
@@ -275,6 +277,14 @@ class Structure(Model):
     )
     trained_layers: tuple[Text, ...] = Field((), description="modules whose own parameters are trained")
     masked_tokens: bool = Field(False, description="fewer tokens are claimed or attended to, but none is removed")
+
+
+class Fingerprint(Model):
+    """What a model computes on a few fixed test images, as few numbers (`effbench.measure.fingerprint`)."""
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] = Field(description="of the outputs' exact bits")
+    vectors: dict[str, tuple[Finite, ...]] = Field({}, description="by output, its projections on random directions")
+    images: Count = 0
 
 
 class Energy(Model):
@@ -426,6 +436,8 @@ class Arm(Model):
     train_memory: Memory | None = Field(None, description="of a training step; None: nothing is trained")
     kernels: Kernels | None = None
     structure: Structure | None = None
+    census: dict[str, Count] = Field({}, description="operations of one test step by name, views left out")
+    fingerprint: Fingerprint | None = None
     tokens: tuple[Count, ...] = Field((), description="tokens that enter each block's MLP in the image tower, as seen")
     metrics: dict[str, MetricValue] = {}
     versus: tuple[Versus, ...] = Field((), description="against controls at the same budget")

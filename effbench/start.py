@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from effbench import distributed
+from effbench import distributed, log_mlflow
 from effbench.arms import CONTROLS
 from effbench.datasets import Resolved, resolve
 from effbench.errors import UsageError
@@ -65,6 +65,7 @@ def run(
     dry_run: bool = False,
     fresh: bool = False,
     checkpoint_every: float = 60.0,
+    log: str | None = None,
     live: Any = None,
 ) -> Record | None:
     """Compare methods on a task, write the record and the leaderboard.
@@ -100,6 +101,7 @@ def run(
         dry_run: show the arms, the time and the memory that it would take, and return None.
         fresh: ignore what an interrupted run of the same experiment left.
         checkpoint_every: seconds of a step group, the unit of resume.
+        log: "mlflow" logs the record there too (`effbench.log_mlflow`).
         live: shows progress; None for the terminal.
 
     Returns:
@@ -110,6 +112,7 @@ def run(
         EffbenchError: the baseline failed, or the disk is full; the same call goes on from the last step group.
     """
     started = time.monotonic()
+    log_mlflow.check(log)
     if added := {"baseline", "noop", "identity"} & set(methods):
         raise UsageError(f"{added.pop()} is an arm of every run", "leave it out")
     if wrong := [spec for spec in methods if not isinstance(spec, str)]:
@@ -184,6 +187,8 @@ def run(
                 checkpoint_every, fresh = math.inf, True
             record = experiment.run(Path(out), checkpoint_every, fresh, started, _command())
         write_leaderboard(Path(out))
+        if log:
+            log_mlflow.log_or_warn(Path(out) / "records" / record.id, live.warn, live.note)
         return record
 
 

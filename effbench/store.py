@@ -11,11 +11,13 @@ from __future__ import annotations
 import difflib
 import errno
 import gc
+import hashlib
 import os
 import shutil
 import stat
 import tempfile
 import warnings
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,41 +82,100 @@ def read(path: Path) -> Record:
             message names the file and the first problem.
     """
     path = Path(path)
-    path = path / "record.json" if path.is_dir() else path
+    return _read(str(path / "record.json" if path.is_dir() else path))
+
+
+def _read(path: str, flags: int = 0) -> Record:
+    """`read` of a file by name; with os.O_NOFOLLOW among the flags a link is refused."""
     try:
         # A plain open would hang on a named pipe that somebody put there.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+        try:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
                 raise InvalidError(f"{path} is not a file")
-            content = file.read(MAX_RECORD_BYTES + 1)
+            # from a buffer of the file's size: reading up to the limit would set aside the limit for each record
+            content = os.read(handle, min(found.st_size, MAX_RECORD_BYTES) + 1)
+            while 0 < len(content) <= MAX_RECORD_BYTES and (more := os.read(handle, MAX_RECORD_BYTES)):
+                content += more
+        finally:
+            os.close(handle)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InvalidError(f"{path} is a link, which is not followed", "put the record itself there") from error
         raise InvalidError(f"{path} cannot be read: {error.strerror}", "list the runs: effbench list runs") from error
     if len(content) > MAX_RECORD_BYTES:
         raise InvalidError(f"{path} is larger than {MAX_RECORD_BYTES // 2**20} MiB: not a record")
-    return _parse(content, str(path))
+    return _parse(content, path)
 
 
 def read_all(root: Path) -> tuple[list[Record], list[str]]:
     """All records under `root/records`, oldest first, and one sentence for each that cannot be read."""
-    records, problems = [], []
+    problems: list[str] = []
     # The garbage collector would walk the growing list again and again: more than half of the time for many records.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for folder in _folders(Path(root)):
-            try:
-                record = read(folder)
-            except InvalidError as error:
-                problems.append(str(error))
-                continue
-            if record.id == folder.name:
-                records.append(record)
-            else:
-                problems.append(f"{folder} holds the record {record.id!r}: copied or renamed by hand")
+        records = list(each(root, problems))
     finally:
         if collecting:
             gc.enable()
     return sorted(records, key=lambda record: (created(record), record.id)), problems
+
+
+def each(root: Path, problems: list[str]) -> Iterator[Record]:
+    """The records under `root/records` one by one, by name, so that any number of them can be read.
+
+    Links are not followed, and a measurement that lies there twice, under two ids, is given once.
+
+    Args:
+        problems: gets one sentence for each record that is left out.
+    """
+    seen: dict[bytes, str] = {}
+    for name in names(root):
+        try:
+            record = member(root, name)
+        except InvalidError as error:
+            problems.append(str(error))
+            continue
+        if problem := copied(root, name, fingerprint(record), seen):
+            problems.append(problem)
+        else:
+            yield record
+
+
+def copied(root: Path, name: str, found: bytes, seen: dict[bytes, str]) -> str:
+    """A sentence where a record's `fingerprint` was seen before; it is remembered in `seen` otherwise."""
+    first = seen.setdefault(found, name)
+    if first == name:
+        return ""
+    return f"{root}/records/{name} is a copy: the same measurement as {first}, which alone is counted"
+
+
+def member(root: Path, name: str) -> Record:
+    """The record of that id under `root/records`.
+
+    Raises:
+        InvalidError: as `read`, or it is a link, or holds another id.
+    """
+    folder = f"{root}/records/{name}"
+    if os.path.islink(folder):
+        raise InvalidError(f"{folder} is a link, which is not followed", "put the record itself there")
+    record = _read(f"{folder}/record.json", os.O_NOFOLLOW)
+    if record.id != name:
+        raise InvalidError(f"{folder} holds the record {record.id!r}: copied or renamed by hand")
+    return record
+
+
+def fingerprint(record: Record) -> bytes:
+    """16 bytes that two records share only where one is a copy of the other, whatever its id.
+
+    They come from what no two runs have in common: the moment, and what clocks measured.
+    """
+    facts: list[Any] = [record.created, record.wall_time, record.lockstep_overhead]
+    for arm in record.arms:
+        facts += [arm.name, arm.test_time and arm.test_time.total, arm.test_speedup and arm.test_speedup.value]
+    return hashlib.blake2b(repr(facts).encode(errors="replace"), digest_size=16).digest()
 
 
 def created(record: Record) -> datetime:
@@ -136,10 +197,12 @@ def find(root: Path, name: str) -> Path:
     if not folders:
         raise UsageError(f"there is no run in {root}", "make one: effbench run --method METHOD --task TASK")
     if name == "latest":
-        records, problems = read_all(root)
-        if not records:
+        problems: list[str] = []
+        ages = ((created(record), record.id) for record in each(Path(root), problems))
+        newest = max(ages, default=None)
+        if newest is None:
             raise InvalidError(f"no run in {root} can be read; the first problem: {problems[0]}")
-        return folders[records[-1].id]
+        return folders[newest[1]]
     matches = [name] if name in folders else [each for each in folders if name and each.startswith(name)]
     if len(matches) == 1:
         return folders[matches[0]]
@@ -188,7 +251,7 @@ def load(path: str | Path, samples: bool = False) -> pandas.DataFrame:
         if not records:
             raise InvalidError(f"{path} holds no record", "give a record directory or a leaderboard folder")
     if not samples:
-        frame = pd.DataFrame([_row(record, arm) for record in records for arm in record.arms])
+        frame = pd.DataFrame([row(record, arm) for record in records for arm in record.arms])
         empty = [column for column in frame if frame[column].isna().all()]
         return frame.astype(dict.fromkeys(empty, float))  # a column of None would be of objects
     frames = []
@@ -200,12 +263,17 @@ def load(path: str | Path, samples: bool = False) -> pandas.DataFrame:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The record directories under a root; hidden ones are unfinished writes."""
-    folder = root / "records"
+    """The record directories under a root."""
+    return [root / "records" / name for name in names(root)]
+
+
+def names(root: Path) -> list[str]:
+    """The names of the record directories under a root, in order; hidden ones are unfinished writes."""
+    folder = Path(root) / "records"
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        return [folder / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
 
 def _parse(content: bytes, name: str) -> Record:
@@ -231,8 +299,8 @@ def _parse(content: bytes, name: str) -> Record:
     return record
 
 
-def _row(record: Record, arm: Arm) -> dict[str, Any]:
-    """One row of `load`."""
+def row(record: Record, arm: Arm) -> dict[str, Any]:
+    """One row of `load`, by column; None is what was not measured."""
     envelope = record.envelope
     row = dict(
         run=record.id,

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effbench import store
+from effbench import log_mlflow, store
 from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.sweep_file import BackboneEntry, Sweep, TaskEntry, read
 from effbench.terminal import say
@@ -157,6 +157,7 @@ def run(
     *,
     dry_run: bool = False,
     fresh: bool = False,
+    log: str | None = None,
     live: Live | None = None,
 ) -> list[Outcome]:
     """Run the experiments of a sweep that have no record yet, one after the other, and write one leaderboard.
@@ -165,6 +166,7 @@ def run(
         path: the YAML file. out: folder of the leaderboard.
         dry_run: list the experiments, their arms, time and memory, and run none.
         fresh: run them all again.
+        log: "mlflow" logs each new record there too (`effbench.log_mlflow`).
         live: shows progress; None for the terminal.
 
     Returns:
@@ -175,6 +177,7 @@ def run(
         UsageError, InvalidError: the file asks for what cannot be, before any work. KeyboardInterrupt: stopped; the
             same call goes on.
     """
+    log_mlflow.check(log)
     sweep, out = read(Path(path)), Path(out)
     from effbench import distributed
     from effbench.live import Live
@@ -201,7 +204,7 @@ def run(
             outcomes.append(Outcome(each, known, "" if known else "no method fits this backbone", ran=False))
             continue
         try:
-            record = _record(each, out=out, fresh=fresh, dry_run=dry_run, live=live)
+            record = _record(each, out=out, fresh=fresh, dry_run=dry_run, log=log, live=live)
         except KeyboardInterrupt:
             live.warn(f"stopped in experiment {number} of {len(planned)}")
             raise

@@ -269,6 +269,17 @@ class Task(ABC):
         """The modules that `--train locked` freezes."""
         return []
 
+    def shared(
+        self, model: nn.Module, batch: dict[str, torch.Tensor]
+    ) -> dict[str, tuple[list[nn.Module], Callable[[], torch.Tensor | None]]]:
+        """What `predict` needs of a part of the model alone, which arms that have the same part share.
+
+        Returns:
+            by the key under which `predict` finds it in the batch: the part's modules, and what computes it (None
+            where there is nothing to share).
+        """
+        return {"features": (self.locked(model), lambda: self.frozen_features(model, batch["image"]))}
+
     def parts(self, model: nn.Module) -> dict[str, nn.Module]:
         """Modules whose share of a test step is timed apart, by name: "image" (the image tower) and others."""
         return {}

@@ -17,7 +17,7 @@ from effbench.captioning import Captioning, Prepared
 from effbench.errors import InvalidError
 from effbench.models.captioner import Captioner
 from effbench.models.decoding import Read
-from effbench.task import Data, Example, Items, Metric
+from effbench.task import Data, Example, Items, Metric, Task
 
 if TYPE_CHECKING:
     from effbench.models.backbones import Backbone
@@ -69,6 +69,9 @@ class QuestionAnswering(Captioning):
     def _losses(self, model: Captioner, prefix: Tensor, batch: dict[str, Tensor], prompt: Read | None = None):
         """Of the answers alone: what the decoder makes of a question without an image is no language to retain."""
         return dict(seen=model.losses(prefix, batch["owner"], batch["tokens"], batch["target"], prompt))
+
+    def shared(self, model: Captioner, batch: dict[str, Tensor]):
+        return Task.shared(self, model, batch)  # not the texts' losses without an image, which nobody asks for
 
     def score(self, prepared: Asked, split: str, outputs: dict[str, Tensor]) -> dict[str, Items]:
         """Per question 1 where the answer is right, word for word, and 0 where not; its loss."""

@@ -38,6 +38,7 @@ class Compile(Method):
 
     source = "Ansel et al., PyTorch 2, ASPLOS 2024, doi 10.1145/3620665.3640366"
     phases = ("test",)
+    neutral = {}
 
     mode: str = param("default", "torch.compile's mode", choices=("default", "max-autotune-no-cudagraphs"))
     dynamic: bool = param(False, "one graph for all batch sizes, instead of one for each")

@@ -32,7 +32,8 @@ class CoursePruning(Method):
                 f"course_pruning edits the course report's model alone, not {type(course).__name__}",
                 "use token_prune:score=learned, or --task course_report",
             )
-        course.course_head = TopTokens(course.width, course.words, self.keep)
+        weight = course.embed.weight
+        course.course_head = TopTokens(course.width, course.words, self.keep).to(weight.device, weight.dtype)
 
     def controls(self) -> dict[str, Method]:
         return {"all_tokens": replace(self, keep=1.0)}

@@ -44,6 +44,7 @@ class DataMix(Method):
     conflicts = ("sample_pack",)
     default_phase = "train"
     phases = ("train",)
+    neutral = {"captions": 1.0, "interleaved": 0.0, "text": 0.0}
 
     captions: float = param(0.45, "share of image-caption samples", low=0, high=1)
     interleaved: float = param(0.45, "share of samples in sequences of several images", low=0, high=1)

@@ -43,6 +43,7 @@ class DecoderPrune(Method):
     )
     goes_before = ("quantize", "precision", "compile")
     phases = ("test",)
+    neutral = {"keep": 1.0}
 
     by: str = param(
         "fastv",
@@ -67,6 +68,10 @@ class DecoderPrune(Method):
             raise UsageError(f"{NAME}: quarters=true stands in place of at=", "give one of them")
         if self.pivots != 8 and self.by != "dart":
             raise UsageError(f"{NAME}: pivots={self.pivots} is of by=dart alone", "leave it out")
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        return ("random",) if self.by == "random" and self.keep < 1 else ()
 
     def edit_model(self, model: ModelView) -> None:
         decoder = model.decoder

@@ -49,6 +49,7 @@ class LayerPrune(Method):
     source = "ShortGPT, arXiv 2403.03853; angular: 2403.17887; every_other: LayerDrop, 1909.11556"
     goes_before = ("channel_prune", "quantize", "precision", "compile")
     phases = ("test", "both")
+    neutral = {"drop": 0}
 
     drop: int = param(DROP, "how many blocks are removed", low=0)
     by: str = param(BY, "how they are chosen", choices=("block_influence", "angular", "every_other", "random"))

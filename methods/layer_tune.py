@@ -52,6 +52,7 @@ class LayerTune(Method):
     )
     default_phase = "train"
     phases = ("train", "both")
+    neutral = {}
 
     share: float = param(0.25, "share of the blocks that is trained, rounded, at least one block", above=0, high=1)
     layers: int | None = param(None, "number of blocks that are trained, in place of share", low=1)

@@ -26,6 +26,7 @@ class PatchPool(Method):
 
     source = "average pooling to a coarser grid: MM1, arXiv 2403.09611, there between tower and language model"
     goes_before = ("sparse_attention",)
+    neutral = {"side": 1}
 
     side: int = param(2, "patches along the side of a square", low=1)
     at: int = param(3, "block (0-based) after whose attention the patches are pooled", low=0)
@@ -33,7 +34,8 @@ class PatchPool(Method):
 
     @property
     def claims(self) -> tuple[str, ...]:
-        return ("tokens",) if self.side > 1 else ()
+        drawn = ("random",) if self.how == "random" else ()
+        return ("tokens", *drawn) if self.side > 1 else ()
 
     def edit_model(self, model: ModelView) -> None:
         tower = image_tower(model, "patch_pool")

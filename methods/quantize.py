@@ -78,6 +78,11 @@ class Quantize(Method):
     target: tuple[str, ...] = param(PARTS, "parts of the model; tower is the image tower", choices=(*PARTS, "head"))
     images: int = param(128, "training images that static looks at", low=1)
 
+    @property
+    def claims(self) -> tuple[str, ...]:
+        one_scale_per_batch = self.kind == "dynamic" and self.library == INT8
+        return ("neighbours",) if one_scale_per_batch else ()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.library not in LIBRARIES[self.kind]:

@@ -27,6 +27,7 @@ class RandomTokenDrop(Method):
     source = "random-LTD, arXiv 2211.11586"
     default_phase = "train"
     phases = ("train",)
+    neutral = {"keep": 1.0}
 
     keep: float = param(0.5, "share of the patch tokens that a middle block processes at first", above=0, high=1)
     until: float = param(0.7, "share of the training after which every block processes all tokens", above=0, high=1)

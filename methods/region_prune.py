@@ -37,6 +37,7 @@ class RegionPrune(Method):
     source = "arXiv 2412.12785 (ACL 2025); angular distance: 2403.17887"
     goes_before = ("quantize", "precision", "compile")
     phases = ("test",)
+    neutral = {"drop": 0}
 
     drop: int = param(2, "how many layers are removed; the paper removes 0 to 4 of 32", low=0)
     criterion: str = param("angular", "which layers outside the region go", choices=("angular", "random"))

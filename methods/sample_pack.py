@@ -32,6 +32,7 @@ class SamplePack(Method):
     source = "Krell et al., Efficient Sequence Packing without Cross-contamination, arXiv 2107.02027"
     default_phase = "train"
     phases = ("train",)
+    neutral = {}
 
     layout: str = param("pack", "how padding is avoided", choices=("pack", "bucket"))
     width: int | None = param(

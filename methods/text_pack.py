@@ -30,6 +30,7 @@ class TextPack(Method):
 
     source = "Krell et al., Efficient Sequence Packing without Cross-contamination, arXiv 2107.02027"
     claims = ("per batch",)
+    neutral = {}
 
     how: str = param("pack", "how padding is avoided", choices=("trim", "bucket", "pack"))
     buckets: int = param(4, "how=bucket: most groups", low=1)

@@ -31,6 +31,7 @@ class TokenMerge(Method):
     """
 
     source = "ToMe, arXiv 2210.09461; PiToMe, arXiv 2405.16148; ToFu, arXiv 2312.01026"
+    neutral = {"r": (0,)}
 
     r: tuple[int, ...] = param((13,), "tokens merged per block; one number, or one for each block (16/16/8/...)", low=0)
     schedule: str = param(
@@ -61,7 +62,8 @@ class TokenMerge(Method):
     @property
     def claims(self) -> tuple[str, ...]:
         takes = any(self.r) if self.ratio is None else self.ratio < 1
-        return ("tokens",) if takes else ()
+        drawn = ("random",) if self.variant == "random" else ()
+        return ("tokens", *drawn) if takes else ()
 
     def edit_model(self, model: ModelView) -> None:
         tower = image_tower(model, "token_merge")

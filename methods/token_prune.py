@@ -65,6 +65,7 @@ class TokenPrune(Method):
         "EViT, arXiv 2202.07800; ats: 2111.15667; dynamic: DynamicViT, 2106.02034; diversity: DivPrune, 2503.02175; "
         "settled with exit: adapted from DToP, 2308.01045"
     )
+    neutral = {"keep": 1.0}
 
     keep: float = param(0.7, "share of the patch tokens that stay at each stage", above=0, high=1)
     at: tuple[int, ...] = param((3, 6, 9), "blocks (0-based) after whose attention tokens are dropped", low=0)
@@ -104,7 +105,8 @@ class TokenPrune(Method):
     def claims(self) -> tuple[str, ...]:
         if self.score == "ats":
             return ("tokens", "per image")
-        return ("tokens",) if self.keep < 1 else ()
+        drawn = ("random",) if self.score == "random" else ()
+        return ("tokens", *drawn) if self.keep < 1 else ()
 
     @property
     def stages(self) -> tuple[int, ...]:

@@ -10,11 +10,12 @@ from tiny import flickr8k
 from torch import nn
 
 import effbench
-from effbench import captioner_base
+from effbench import captioner_base, passes
 from effbench.captioning import Captioning, accuracy, asked, per_token, perplexity, text_batch
 from effbench.datasets import resolve
 from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.live import Live
+from effbench.lockstep import blocks
 from effbench.models.captioner import IGNORE, TEXTS, Captioner, token_losses
 from effbench.models.connectors import PooledLinear
 from effbench.models.language import tiny as tiny_language
@@ -312,6 +313,27 @@ def test_arms_with_the_same_frozen_tower_share_its_features(data, tmp_path, monk
     passes = Counter(map(id, calls)).values()
     # two steps of baseline, noop, identity and the first method, one of the second; FLOPs are counted on other models
     assert sorted(passes)[-4:] == [steps] * 4 and 1 in passes
+
+
+def test_arms_with_the_same_decoder_share_what_it_makes_of_text_alone(data, tmp_path, monkeypatch):
+    options = dict(timing_pairs=0, memory_runs=0, controls="none", train="none", captioning=dict(stages=()))
+    methods = ["resize:size=16", "quantize"]
+    calls, honest = [], Captioning.text_losses
+
+    def counted(self, model, batch):
+        if "text" not in batch:
+            calls.append(model)
+        return honest(self, model, batch)
+
+    monkeypatch.setattr(Captioning, "text_losses", counted)
+    monkeypatch.setattr(passes, "blocks", lambda split, n, size: blocks(split, n, 2))
+    record = run(data, tmp_path / "shared", methods, **options)
+    # four steps of baseline, noop, identity and quantize, one of resize; FLOPs are counted on other models
+    assert sorted(Counter(map(id, calls)).values())[-5:] == [1, 4, 4, 4, 4]
+    monkeypatch.setattr(Captioning, "shared", lambda self, model, batch: {})
+    alone = run(data, tmp_path / "alone", methods, **options)
+    found, expected = ([arm.metrics["text_ppl"] for arm in each.arms] for each in (record, alone))
+    assert found == expected and found[-1] != found[0]
 
 
 def test_many_texts_are_scored_as_each_alone():

@@ -109,7 +109,8 @@ def written():
 
 def test_the_leaderboard_shows_a_line_per_batch_and_arm():
     page = leaderboard.render([written()], [])
-    table = page.partition("**Writing 20 tokens by a search of 3 beams**")[2].split("\n\n")[1].splitlines()
+    part = page.partition("<summary>Writing 20 tokens by a search of 3 beams</summary>")[2]
+    table = part.split("\n\n")[1].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert [line[:2] for line in cells[2:]] == [
         ["**baseline**", "1"],
@@ -145,4 +146,4 @@ def test_a_record_without_writing_loads_and_shows_none():
     for arm in old["arms"]:
         del arm["decoding"]
     assert records.Record.model_validate(old).arms[0].decoding == ()
-    assert "**Writing" not in leaderboard.render([record], [])
+    assert "<summary>Writing" not in leaderboard.render([record], [])

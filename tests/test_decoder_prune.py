@@ -19,7 +19,7 @@ from effbench.models.language import tiny as tiny_language
 from effbench.models.patch_tokens import TimmTokens
 from effbench.models.tower import view
 from effbench.models.whole_model import HuggingFace
-from effbench.passes import kinds_in_tower
+from effbench.passes import kinds as made_of
 from effbench.records import Captioning
 from effbench.registry import tasks
 from effbench.spec import parse
@@ -281,7 +281,7 @@ def test_visionzip_sees_the_class_token_of_the_layer_that_llava_takes(tmp_path):
 def test_arms_that_look_into_their_towers_never_share_them():
     task = tasks.get("scenes_caption")()
     plain, other, one, two = (captioner(), pruned("by=fastv"), pruned("by=visionzip"), pruned("by=visionzip,keep=0.25"))
-    kinds = [kinds_in_tower(model, task) for model in (view(plain).model, other, one, two)]
+    kinds = [made_of(task.locked(model)) for model in (view(plain).model, other, one, two)]
     assert kinds[0] == kinds[1] and kinds[2] != kinds[0] and kinds[2] != kinds[3]
 
 

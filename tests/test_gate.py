@@ -3,12 +3,14 @@ import subprocess
 import sys
 
 import pytest
-from test_leaderboard import EVIL, make_arm, make_record
+from test_leaderboard import EVIL, METRICS, make_arm, make_record
 
+from effbench import gate_quality
 from effbench.commands.gate import gate
 from effbench.errors import InvalidError, UsageError
+from effbench.findings import refusal
 from effbench.gate import compare
-from effbench.records import Flops, Kernels, Structure
+from effbench.records import Captioning, Fingerprint, Flops, Kernels, Structure
 
 FACTS = dict(
     test_flops=Flops(dense=1_000_000, useful=900_000, overhead=5),
@@ -19,10 +21,27 @@ FACTS = dict(
 )
 
 
-def record(run="20250102-run", /, envelope=(), protocol=(), **arm):
+FINGERPRINT = Fingerprint(sha256="a" * 64, vectors={"image": (3.0, 4.0), "text": (1.0, 0.0)}, images=8)
+FACTS |= dict(census={"aten::addmm": 49, "aten::gelu": 12}, fingerprint=FINGERPRINT)
+
+
+@pytest.fixture(autouse=True)
+def not_on_github(monkeypatch):
+    for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def record(run="20250102-run", /, envelope=(), protocol=(), provenance=(), **arm):
     made = make_record(run, arms=(make_arm(**FACTS | arm),))
     held = made.envelope.protocol.model_copy(update=dict(protocol))
-    return made.model_copy(update=dict(envelope=made.envelope.model_copy(update=dict(envelope) | dict(protocol=held))))
+    whole = made.envelope.model_copy(update=dict(envelope) | dict(protocol=held))
+    source = made.provenance.model_copy(update=dict(provenance))
+    return made.model_copy(update=dict(envelope=whole, provenance=source))
+
+
+def found(reference, run):
+    """What is not as it was: verdict and what is said, by figure."""
+    return {f.figure: (f.verdict, f.said) for f in compare(reference, run).findings if f.verdict != "PASS"}
 
 
 def changed(**arm):
@@ -47,14 +66,14 @@ def saved(tmp_path):
     return save
 
 
-def test_times_quality_and_machine_do_not_matter():
+def test_times_and_machine_do_not_matter():
     other = record(
         ratio=9.0,
-        quality=1.0,
         memory=None,
         kernels=Kernels(attention={"sdpa:flash": 6}, threads=64),
         envelope=dict(device_model="another machine"),
-        protocol=dict(threads=64, timing_batch=3, timing_pairs=0, seeds=(0, 1, 2), lr=7.0),
+        protocol=dict(threads=64, timing_batch=3, timing_pairs=0),
+        provenance=dict(commit="another", load=9.0),
     )
     found = compare(record("reference"), other)
     assert found.exit_code == 0
@@ -82,6 +101,10 @@ TRAIN = ("train FLOPs", "train low-bit operations", "train overhead FLOPs", "tra
         (dict(trained_parameters=5), {"trained parameters": None}),
         (dict(structure=Structure(dtypes={"int8": 400})), {"bytes by dtype": None}),
         (dict(kernels=Kernels(attention={"eager": 12})), {"attention": None}),
+        (dict(census={"aten::addmm": 50, "aten::gelu": 12}), {"operations": None}),
+        (dict(census={}), {"operations": None}),
+        (dict(fingerprint=None), {"outputs": None}),
+        (dict(metrics={}), dict.fromkeys(METRICS)),
     ],
 )
 def test_a_figure_that_changed_is_named(arm, figures):
@@ -105,9 +128,73 @@ def test_what_the_reference_does_not_know_is_noted():
     new = new.model_copy(update=dict(arms=(*new.arms, make_arm("extra", "extra"))))
     found = compare(old, new)
     assert found.exit_code == 0
-    assert found.notes[0] == "extra is not in the reference: not compared"
-    assert found.notes[1].startswith("not in the reference, so not compared: test useful FLOPs, train FLOPs, ")
+    notes = {(f.cell, f.figure): f.said for f in found.findings if f.verdict == "NOTE"}
+    assert notes["extra", "arm"] == "not in the reference, so not compared"
+    figures = {figure for cell, figure in notes if cell == "token_prune"}
+    assert figures > {"test useful FLOPs", "train FLOPs", "bytes by dtype", "attention"}
+    assert len(found.findings) == found.figures + len(notes)
     assert compare(old, old).notes == ("both records have the id reference",)
+
+
+def test_quality_is_exact_where_nothing_was_trained_on_the_same_platform():
+    bare, few = dict(protocol=dict(train="none")), dict(quality=47.99)
+    told = found(record("reference", **bare), record(**bare, **few))
+    assert set(told) == set(METRICS)
+    worse = "-0.0208 %; worse; on the same platform and weights it must be equal"
+    assert told["t2i_r10"] == ("CHANGED", worse) and told["t2i_medr"] == ("CHANGED", worse.replace("worse", "better"))
+    assert found(record("reference"), record(**few)) == {}  # it was trained: 0.67 = 1.5 sqrt(2 * 0.1) is allowed
+
+
+@pytest.mark.parametrize(("train", "allowed"), [("none", 1.5 * 0.02**0.5), ("locked", 1.5 * 0.2**0.5)])
+def test_quality_elsewhere_has_a_tolerance_on_both_sides(train, allowed):
+    here, there = (dict(protocol=dict(train=train), envelope=dict(device_model=name)) for name in ("one", "other"))
+    for sign in (1, -1):
+        small, large = (dict(quality=48 + sign * share * allowed) for share in (0.9, 1.1))
+        assert found(record("reference", **here), record(**there, **small)) == {}
+        told = found(record("reference", **here), record(**there, **large))
+        assert set(told) == set(METRICS) and {verdict for verdict, _ in told.values()} == {"CHANGED"}
+        assert "another device" in told["t2i_r10"][1] and f"{allowed:.3g} is allowed" in told["t2i_r10"][1]
+
+
+def test_one_image_may_change_and_no_interval_allows_no_judgement():
+    metric = make_arm().metrics["t2i_r10"]
+    narrow = metric.model_copy(update=dict(low=48.0, high=48.0, chance=0.0, ceiling=100.0))
+    assert gate_quality.tolerance(narrow, 0.01, 1000) == pytest.approx(0.1)
+    assert gate_quality.tolerance(narrow.model_copy(update=dict(low=None, high=None)), 0.01, 1000) is None
+    here = {name: each.model_copy(update=dict(low=None, high=None)) for name, each in make_arm().metrics.items()}
+    told = found(record("reference", metrics=here), record(quality=40.0))
+    assert {verdict for verdict, _ in told.values()} == {"NOTE"} and "no interval" in told["t2i_r10"][1]
+
+
+def test_outputs_are_exact_here_and_nearly_so_elsewhere():
+    def other(apart):
+        vectors = {"image": (3.0 + 5 * apart, 4.0), "text": (1.0, 0.0)}
+        return dict(fingerprint=Fingerprint(sha256="b" * 64, vectors=vectors, images=8))
+
+    bare = dict(protocol=dict(train="none"))
+    there = bare | dict(provenance=dict(versions={"torch": "3.0"}))
+    reference = record("reference", **bare)
+    assert found(reference, record(**bare, **other(1e-9)))["outputs"][0] == "CHANGED"
+    assert found(reference, record(**there, **other(0.9e-3))).keys() == {"operations"}
+    assert found(reference, record(**there, **other(1.1e-3)))["outputs"] == (
+        "CHANGED",
+        "differ by 0.11 %; another set of library versions: 0.1 % are allowed",
+    )
+    there["protocol"] = dict(train="locked")
+    verdict, said = found(record("reference"), record(**there, **other(1.1e-3)))["outputs"]
+    assert verdict == "NOTE" and "only quality is judged" in said
+    for vectors in ({}, {"image": (1.0,)}, {"image": (0.0, 0.0), "text": (1.0, 0.0)}):
+        broken = dict(fingerprint=Fingerprint(sha256="b" * 64, vectors=vectors))
+        assert found(reference, record(**bare, **broken))["outputs"][0] == "CHANGED"
+
+
+def test_operations_are_compared_where_the_libraries_are_the_same():
+    more = dict(census={"aten::addmm": 61})
+    assert found(record("reference"), record(**more))["operations"][0] == "CHANGED"
+    told = found(record("reference"), record(**more, provenance=dict(versions={"torch": "3.0"})))
+    assert told["operations"] == ("NOTE", "measured with another set of library versions, so not compared")
+    change = next(f for f in compare(record("reference"), record(**more)).findings if f.verdict == "CHANGED")
+    assert (change.old, change.new) == ("aten::addmm 49, aten::gelu 12", "aten::addmm 61, aten::gelu 0")
 
 
 def test_an_invalid_runs_figures_are_compared_and_it_is_said():
@@ -119,6 +206,8 @@ def test_an_invalid_runs_figures_are_compared_and_it_is_said():
     ("where", "change"),
     [("envelope", {name: "another"}) for name in ("task", "data", "data_fingerprint", "split", "backbone", "weights")]
     + [("protocol", dict(train="full")), ("protocol", dict(head="bilinear")), ("protocol", dict(image_size=96))]
+    + [("envelope", dict(metrics=("t2i_r1",))), ("envelope", dict(transform="none")), ("envelope", dict(recall="none"))]
+    + [("protocol", dict(lr=7.0)), ("protocol", dict(seeds=(0, 1))), ("protocol", dict(captioning=Captioning()))]
     + [("protocol", dict(epochs=3)), ("protocol", dict(batch_size=8)), ("protocol", dict(data_share=0.5))],
 )
 def test_another_question_names_the_field(where, change):
@@ -126,6 +215,18 @@ def test_another_question_names_the_field(where, change):
     with pytest.raises(InvalidError, match=f"another question: {name} is ") as error:
         compare(record("reference"), record(**{where: change}))
     assert error.value.exit_code == 2 and error.value.hint
+
+
+def test_every_reason_is_named():
+    with pytest.raises(InvalidError, match=r"task is .* \(and 2 more\)") as error:
+        compare(record("r"), record(envelope=dict(task="other"), protocol=dict(lr=7.0, head="bilinear")))
+    outcome = refusal("effbench gate", error.value)
+    assert [f.figure for f in outcome.of("INVALID")] == ["task", "head", "lr"] and outcome.exit_code == 2
+    run = record()
+    gone = run.model_copy(update=dict(arms=run.arms[:1]))
+    with pytest.raises(InvalidError) as error:
+        compare(record("r"), gone)
+    assert [f.cell for f in error.value.findings] == ["noop", "identity", "token_prune"]
 
 
 def test_training_settings_do_not_matter_where_nothing_is_trained():
@@ -140,6 +241,7 @@ def test_arms_that_cannot_be_compared():
         (record("r"), record(phase="both"), "the run has no arm token_prune"),
         (record("r"), record(**failed), "token_prune failed in the run: RuntimeError: no kernel"),
         (record("r", **failed), record(), "token_prune failed in the reference"),
+        (record("r"), record(status="INVALID"), "token_prune is INVALID in the run"),
         (record("r"), record(kind="control", control="noop", spec=""), "the run has the same arm twice"),
     ):
         with pytest.raises(InvalidError, match=said):
@@ -168,8 +270,8 @@ def test_the_command_prints_json(saved, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["verdict"] == "CHANGED"
     assert answer["changes"] == [
-        dict(arm="token_prune", figure="weight bytes", old=36_700_160, new=18_350_080, percent=-50.0),
-        dict(arm="token_prune", figure="attention", old=["sdpa:flash"], new=["eager", "flex"], percent=None),
+        dict(arm="token_prune", figure="weight bytes", old=36_700_160, new=18_350_080, said="", percent=-50.0),
+        dict(arm="token_prune", figure="attention", old=["sdpa:flash"], new=["eager", "flex"], said="", percent=None),
     ]
 
 
@@ -222,3 +324,57 @@ def test_hostile_names_are_escaped(saved, capsys):
 def test_no_torch_is_imported():
     code = "import sys, effbench.gate, effbench.commands.gate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_command_writes_reports_and_refuses_what_is_not_there(saved, tmp_path, monkeypatch, capsys):
+    root = saved(record("20250101-old"), record("20250102-new", tokens=(197, 99, 99)))
+    step, junit = tmp_path / "step.md", tmp_path / "reports" / "gate.xml"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(step))
+    step.write_text("before\n")
+    assert gate("20250101-old", "20250102-new", root, junit=junit) == 1
+    assert step.read_text().startswith("before\n### effbench gate: CHANGED")
+    assert "--reference " in step.read_text()  # how to renew it
+    assert "<failure" in junit.read_text()
+    with pytest.raises(InvalidError):
+        gate("nowhere/record.json", "latest", root, junit=junit, summary=tmp_path / "own.md")
+    assert "<error" in junit.read_text() and "cannot be read" in (tmp_path / "own.md").read_text()
+    assert "cannot be read" not in step.read_text()
+    assert "::" not in capsys.readouterr().out
+    for wrong in (dict(junit=root), dict(summary=root), dict(as_json=True, annotations=True)):
+        with pytest.raises(UsageError):
+            gate("20250101-old", "20250101-old", root, **wrong)
+
+
+def test_on_github_a_records_text_is_no_command(saved, monkeypatch, capsys):
+    hostile = dict(name="::error::%0A\n::add-mask::a ##[error]", spec="x", tokens=(197, 99, 99))
+    root = saved(record("20250101-old", **hostile), record("20250102-new", **hostile | dict(tokens=(1,))))
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert gate("20250101-old", "20250102-new", root) == 1
+    lines = capsys.readouterr().out.splitlines()
+    token = lines[0].removeprefix("::stop-commands::")
+    end = lines.index(f"::{token}::")
+    assert len(token) == 32 and any("add-mask" in line for line in lines[1:end])
+    assert lines[end + 1].startswith("::error title=CHANGED%3A %3A%3Aerror%3A%3A%250A")
+    assert all(line.startswith(("::error title=", "::notice title=")) for line in lines[end + 1 :])
+    assert gate("nowhere/record.json", "latest", root) == 2
+    assert gate("20250101-old", "2024", root) == 3
+    assert gate("20250101-old", "20250102-new", root, as_json=True) == 1
+    out = capsys.readouterr().out
+    json.loads(out[out.rindex('{\n "verdict"') :])  # nothing after it
+
+
+def test_a_reference_that_is_damaged_newer_or_not_a_record(saved, tmp_path):
+    root = saved(record("20250102-new"))
+    whole = json.loads(record("reference").model_dump_json())
+    census = {"census": {"aten::addmm": -1}}
+    damaged = (
+        (json.dumps(whole)[:500], "truncated"),
+        (json.dumps(whole | dict(schema_version=99)), "newer effbench"),
+        (json.dumps(whole | dict(arms=[*whole["arms"][:3], whole["arms"][3] | census])), "not a record"),
+        (json.dumps(whole | dict(arms=whole["arms"][1:])), "baseline"),
+        ("[]", "not a record"),
+    )
+    for text, said in damaged:
+        (tmp_path / "reference.json").write_text(text)
+        with pytest.raises(InvalidError, match=said):
+            gate(str(tmp_path / "reference.json"), "latest", root)

@@ -1,8 +1,10 @@
+import csv
+import json
 import os
 import re
 import subprocess
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 
 import pandas as pd
 import pytest
@@ -23,8 +25,9 @@ from effbench.records import (
     Record,
     Speedup,
     TimeSplit,
+    Versus,
 )
-from effbench.report import figures, leaderboard, markdown, show
+from effbench.report import figures, leaderboard, legend, markdown, show
 
 METRICS = ("t2i_r10", "t2i_r1", "t2i_r5", "i2t_r1", "i2t_r5", "i2t_r10", "t2i_medr", "i2t_medr")
 EVIL = (
@@ -135,17 +138,19 @@ def section(text, heading):
     return next(part for part in text.split("\n## ") if heading in part.splitlines()[0])
 
 
-def arms_of(part):
-    names = [line.split("|")[1].strip(" *") for line in part.splitlines() if line.startswith("| ")]
-    return names[2 : names.index("arm", 1)]
+def main_table(part):
+    """The arms of the first table and its cells by heading; titles of blocks among them, without cells."""
+    lines = re.search(r"(?:^\|.*\n)+", part, flags=re.M)[0].splitlines()
+    header, _, *body = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines)
+    return {line[0]: dict(zip(header[1:], line[1:], strict=True)) for line in body}
 
 
 def test_baseline_then_methods_by_speedup_then_controls():
     part = section(leaderboard.render(some_records()[:2], []), "flickr8k")
-    order = arms_of(part)
+    order = [name.strip("*").split("<br>")[0] for name in main_table(part)]
     assert order[0].startswith("baseline") and order[1].startswith("token_merge")
     assert [name.split(":")[0].split(" (")[0] for name in order[2:4]] == ["token_prune", "quantize"]
-    assert all(name.startswith("control") for name in order[4:]) and len(order) == 7
+    assert order[4] == "controls:" and all(name.startswith("control") for name in order[5:]) and len(order) == 8
     assert "token_prune:keep=0.5 (2 runs)" in part
     assert "FAILED: RuntimeError: no kernel for int8" in part
     assert "≥ 1.73 +0.0040" in part and "197 → 68" in part
@@ -160,7 +165,8 @@ def test_the_newest_success_is_shown():
 
 def test_envelopes_are_apart_and_say_in_what_they_differ():
     text = leaderboard.render(some_records()[:3], [])
-    parts = text.split("\n## ")[1:]
+    index, *parts = text.split("\n## ")[1:]
+    assert index.startswith("2 envelopes") and index.count("](#") == 2
     assert len(parts) == 2 and all("differ in (here)" in part and "protocol.epochs" in part for part in parts)
     assert "protocol.epochs (1)" in parts[0] and "token_merge" not in parts[0] and "protocol.threads" not in text
     assert "differ in (here)" not in leaderboard.render(some_records()[:2], [])
@@ -194,10 +200,10 @@ def test_hostile_text_stays_text():
     text = leaderboard.render([record], [EVIL])
     outside = re.sub(r"````.*?````", "", text, flags=re.S)
     assert "<script" not in text and "<b>" not in outside and "\x1b" not in text and "\u202e" not in text
-    assert not re.search(r"(?<!\\)\]\(", text.replace("[records](records)", "")) and "https://" not in text
+    assert not re.search(r"(?<!\\)\]\(", text.replace(legend.INTRODUCTION, "")) and "https://" not in text
     for one in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in one.splitlines()}) == 1, one
-    assert sum(line.startswith("#") for line in text.splitlines()) == 3
+    assert sum(line.startswith("#") for line in text.splitlines()) == 3 and text.count("<a ") == 1
 
 
 @pytest.mark.parametrize(
@@ -237,7 +243,8 @@ def test_write_is_atomic_and_needs_no_heavy_library(tmp_path):
     here = os.path.dirname(os.path.dirname(__file__))
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), here], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert sorted(os.listdir(tmp_path)) == ["README.md", "records"]
+    files = ["README.md", "index.html", "leaderboard.csv", "leaderboard.json", "records"]
+    assert sorted(os.listdir(tmp_path)) == files
     (tmp_path / "file").write_text("")
     with pytest.raises(EffbenchError, match="was not written"):
         leaderboard.write_leaderboard(tmp_path / "file")
@@ -277,3 +284,171 @@ def test_the_terminal_shows_hostile_text_as_text():
         )
     )
     assert "[red]x[/red]" in text.replace("\n", "") and "\x1b" not in text and "INVALID" in text
+
+
+def versus(control, verdict):
+    return Versus(control=control, arms=("x", "y"), value=40.0, advantage=Interval(value=0.0), verdict=verdict)
+
+
+def test_a_section_opens_with_its_verdict_and_one_table_that_a_phone_can_show():
+    flops = Flops(dense=1_730_000_000, useful=1_200_000_000)
+    good = make_arm("good", "good", versus=(versus("random", "BETTER"),), test_flops=flops, source="A 2024; B 2025")
+    good = good.model_copy(update=dict(promised=1.6, realised=0.89, train_time=TimeSplit(total=9.0)))
+    trained = Speedup(value=1.2, low=1.1, high=1.3, n=90, verdict="FASTER")
+    good = good.model_copy(update=dict(train_speedup=trained, phase="both"))
+    worse, same = (
+        make_arm(name, name, 1.3, versus=(versus("resize", verdict),))
+        for name, verdict in (("worse", "WORSE"), ("same", "NO DIFFERENCE SHOWN"))
+    )
+    part = section(leaderboard.render([make_record(arms=(good, worse, same))], []), "flickr8k")
+    _, answer, more, table, *_ = part.split("\n\n")
+    assert answer.startswith("**Worth using: good (1.42x ") and more.startswith("- Below the line (2 of 3 compared")
+    rows = main_table(table + "\n")
+    assert [name.strip("*").split("<br>")[0] for name in rows][1:5] == [
+        "good", "below the line: not shown to beat random or resize at the same budget:", "same", "worse"
+    ]  # fmt: skip
+    cells = rows["good<br>both · \\[1, 2\\]"]
+    assert list(cells.values())[1:] == [
+        "**1.42x** FASTER<br>[1.39, 1.46]<br>realised 89 % [87, 91]", "+3.4 %<br>\\[+1.2, +5.6\\]",
+        "48.0<br>[46.5, 49.5]", "1.73<br>useful 1.20", "peak 393<br>weights 35.0", "1.20x<br>[1.10, 1.30]<br>FASTER",
+    ]  # fmt: skip
+    assert re.fullmatch(r"★ \d+ %", cells["front"]) and "Sources: \\[1\\] A 2024; \\[2\\] B 2025" in part
+    assert "same<br>test<br>not shown to beat resize" in rows and "worse<br>test<br>worse than resize" in rows
+    for said in ("noise floor (noop) 1.001x", "Some CPU", "```sh\neffbench run --method token_prune"):
+        assert said in part, said
+    shown_at_once = re.sub(r"<details>.*?</details>", "", part, flags=re.S)
+    assert shown_at_once.count("| :--") == 1
+
+
+def test_a_hundred_methods_stay_short():
+    arms = [make_arm(f"m{i}", f"m{i}", 1.2 + i / 100) for i in range(60)]
+    arms += [make_arm(f"lost{i}", f"lost{i}", versus=(versus("random", "WORSE"),)) for i in range(40)]
+    part = section(leaderboard.render([make_record(arms=arms)], []), "flickr8k")
+    at_once = re.sub(r"<details>.*?</details>", "", part, flags=re.S)
+    assert len(main_table(part)) <= 20 and len(at_once) < 6000
+    assert "more methods, none of them on the front</summary>" in part and "40 methods below the line" in part
+    assert all(f"| m{i}<br>" in part for i in range(60)) and all(f"| lost{i}<br>" in part for i in range(40))
+
+
+def test_what_was_timed_is_said_where_the_split_is_smaller_than_the_batch():
+    record = make_record()
+    assert "timed in pairs of 16 images;" in leaderboard.render([record], [])
+    small = record.model_copy(update=dict(envelope=record.envelope.model_copy(update=dict(images={"test": 10}))))
+    assert "timed in pairs of 10 images (16 were asked for: the split has no more)" in leaderboard.render([small], [])
+    steps = dict(step_time=TimeSplit(total=1.0, compute=1.0, steps=30))
+    arms = tuple(arm.model_copy(update=steps) for arm in small.arms)
+    assert "Time of a test step of 10 images" in shown(small.model_copy(update=dict(arms=arms)))
+
+
+def test_rows_of_several_runs_say_how_each_is_repeated():
+    old, new = (
+        make_record(name, day, (make_arm(name, name),), provenance=Provenance(command=f"effbench run --method {name}"))
+        for name, day in (("older", 2), ("newer", 3))
+    )
+    part = section(leaderboard.render([old, new], []), "flickr8k")
+    assert "| newer<br>test · run 1 |" in part and "| older<br>test · run 2 |" in part
+    assert part.index("run 1: `newer`") < part.index("--method newer") < part.index("run 2: `older`")
+
+
+def test_many_envelopes_have_an_index_and_the_newest_are_shown(tmp_path):
+    records = [make_record(f"r{i}", 1 + i, epochs=1 + i) for i in range(23)]
+    text = leaderboard.render(records, [])
+    assert "## 23 envelopes" in text and text.count("](#") == 20 == text.count("<a id=")
+    assert text.count("; not shown here") == 3 and "[leaderboard.csv](leaderboard.csv)" in text
+    assert all(f"`r{i}` (2025" in text for i in range(3, 23)) and "`r2` (2025" not in text
+    for record in records:
+        store.write(record, pd.DataFrame({"kind": []}), tmp_path)
+    leaderboard.write_leaderboard(tmp_path)
+    assert {row["run"] for row in json.loads((tmp_path / "leaderboard.json").read_text())["rows"]} == {
+        record.id for record in records
+    }
+
+
+def written(root, *records):
+    for record in records:
+        store.write(record, pd.DataFrame({"kind": []}), root)
+    leaderboard.write_leaderboard(root)
+    with open(root / "leaderboard.csv", newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+
+    def refuse(name):
+        raise AssertionError(f"{name} in JSON")
+
+    return table, json.loads((root / "leaderboard.json").read_text(), parse_constant=refuse)
+
+
+def test_the_same_rows_as_csv_and_json(tmp_path):
+    table, data = written(tmp_path, *some_records())
+    assert data["schema"] == 1 and [row["arm"] for row in data["rows"]] == [row["arm"] for row in table]
+    assert all(list(row) == list(table[0]) for row in [*table, *data["rows"]])
+    first = next(row for row in data["rows"] if row["arm"] == "token_prune")
+    assert (first["test_speedup"], first["test_verdict"], first["lossiness_high"]) == (1.31, "FASTER", 0.056)
+    assert (first["metric"], first["quality"], first["runs"], first["noise_floor"]) == ("t2i_r10", 48.0, 2, 1.001)
+    assert first["flops_dense"] == 1_730_000_000 and first["flops_complete"] is False and first["realised"] is None
+    assert 0 <= first["front_probability"] <= 1 and first["command"].startswith("effbench run")
+    line = table[data["rows"].index(first)]
+    assert float(line["test_speedup"]) == 1.31 and line["realised"] == "" and line["run"] == "20250103-second"
+    assert not any(row["run"] == "20250106-broken" for row in table)
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", " \u202e=1", "\uff1d1", "|calc", "%0A"])
+def test_a_cell_is_never_a_formula(tmp_path, text):
+    table, data = written(tmp_path, make_record(arms=(make_arm(text, text, 1e308, source=f"{text}\r\n,;x"),)))
+    row = next(row for row in table if row["kind"] == "method")
+    assert row["arm"].startswith("'") and row["spec"].startswith("'") and row["source"].startswith("'")
+    assert "\u202e" not in row["arm"] and "\n" not in row["source"] and float(row["test_speedup"]) == 1e308
+    assert text in [row["arm"] for row in data["rows"]]  # as it is: JSON runs nothing
+
+
+def test_bad_records_among_good_ones_are_named_and_counted_nowhere(tmp_path):
+    good = make_record()
+    store.write(good, pd.DataFrame({"kind": []}), tmp_path)
+    text = good.model_dump_json()
+    for name, content in (
+        ("cut", text[:900]),
+        ("newer", text.replace('"schema_version":2', '"schema_version":9')),
+        ("copy", text.replace(good.id, "copy")),
+        ("<script>alert(1)", text),
+        ("moved", text),
+    ):
+        (tmp_path / "records" / name).mkdir()
+        (tmp_path / "records" / name / "record.json").write_text(content)
+    os.mkfifo(tmp_path / "records" / "cut" / "pipe")
+    page = leaderboard.write_leaderboard(tmp_path).read_text()
+    assert "(5); they count nowhere" in page and "<script" not in page and "(2 runs)" not in page
+    for said in ("truncated", "newer effbench", "copied or renamed", "is a copy: the same measurement as"):
+        assert said in page, said
+    rows = json.loads((tmp_path / "leaderboard.json").read_text())["rows"]
+    assert len(rows) == 4 and len({row["run"] for row in rows}) == 1
+
+
+def test_moments_at_the_end_of_the_calendar_are_sorted():
+    late, early = datetime.max.replace(tzinfo=timezone(-timedelta(hours=12))), datetime.min.replace(tzinfo=UTC)
+    records = [make_record("late", created=late), make_record("early", created=early), make_record("now")]
+    assert "`late`" in leaderboard.render(records, [])
+
+
+def test_two_processes_read_what_one_reads(tmp_path):
+    for i in range(7):
+        store.write(
+            make_record(f"r{i}", 1 + i, status="INVALID" if i == 3 else "ok"), pd.DataFrame({"kind": []}), tmp_path
+        )
+    (tmp_path / "records" / "r5" / "record.json").write_text("{")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
+        "from effbench.report import reading; reading.CHUNK = 2\n"
+        "def read(many):\n"
+        "    reading.MANY = many; problems = []; return list(reading.briefs(Path(sys.argv[1]), problems)), problems\n"
+        "os = reading.os; os.sched_getaffinity = lambda _: {0, 1}\n"
+        "one, two = read(10**9), read(1)\n"
+        "assert one == two and len(one[0]) == 6 and len(one[1]) == 1, (one, two)"
+    )
+    here = os.path.dirname(os.path.dirname(__file__))
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), here], check=True)
+
+
+def test_a_run_in_the_terminal_opens_with_its_verdict():
+    lines = shown(some_records()[1]).splitlines()
+    assert lines[2].startswith("Worth using") and "FAILED (1): quantize." in " ".join(lines[2:6])
+    bad = make_record(status="INVALID", why_invalid="noop is off")
+    assert "Worth using" not in shown(bad) and "INVALID: noop is off" in shown(bad)

@@ -94,15 +94,66 @@ def test_a_third_partys_method_and_task_run_end_to_end(tmp_path):
     assert "stride_prune" in (tmp_path / "leaderboard" / "README.md").read_text()
 
 
-def test_a_new_method_installs_and_passes_its_own_tests(tmp_path):
-    from effbench.errors import UsageError
-    from effbench.scaffold import write_method
+@pytest.mark.parametrize(("kind", "tests"), [("method", "4 passed"), ("task", "3 passed")])
+def test_a_new_plugin_is_installed_and_passes_its_own_tests_and_the_check(kind, tests, tmp_path):
+    """`effbench new KIND NAME` is one command: what it writes is installed, listed, conforms, and is tidy."""
+    name, target = f"half_{kind}", tmp_path / "site"
+    environment = os.environ | {"PIP_TARGET": str(target), "COLUMNS": "160"}  # not into the environment of the tests
 
-    folder = write_method("half_width", tmp_path)
-    with pytest.raises(UsageError, match="exists and is not overwritten"):
-        write_method("half_width", tmp_path)
-    pip("install", "--target", tmp_path / "site", folder)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    out = run(sys.executable, "-m", "pytest", "-q", folder / "tests", env=environment, cwd=folder)
-    assert "3 passed" in out
+    def python(code, *arguments):
+        code = f"import os, site, sys\nif os.path.isdir({str(target)!r}): site.addsitedir({str(target)!r})\n{code}"
+        return run(sys.executable, "-c", code, *arguments, env=environment, cwd=tmp_path)
+
+    command = "from effbench.cli import main; sys.exit(main())"
+    said = python(command, "new", kind, name)
+    assert f"wrote effbench-half-{kind}" in said and "pip uninstall" in said
+    folder = tmp_path / f"effbench-half-{kind}"
+    listed = python(command, "list", f"{kind}s")
+    assert name in listed and folder.name in listed
+    code = f"import pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {str(folder / 'tests')!r}]))"
+    assert tests in python(code)  # one of them is effbench check
     run(sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,I,UP,B", ".", cwd=folder)
+    for part in ("README.md", "pyproject.toml", f"effbench_{name}/{name}.py", f"tests/test_{name}.py"):
+        assert "$" not in (folder / part).read_text(), part
+
+
+def test_a_new_plugin_needs_a_name_of_its_own(tmp_path, monkeypatch):
+    from effbench import scaffold
+    from effbench.errors import EffbenchError, UsageError
+
+    for name in (
+        "Half",
+        "half-width",
+        "1st",
+        "",
+        "a/b",
+        "../up",
+        "class",
+        "a" * 41,
+        "half\n",
+        "ünder",
+        "scenes",
+        "compile",
+    ):
+        for write in (scaffold.write_method, scaffold.write_task):
+            with pytest.raises(UsageError):
+                write(name, tmp_path)
+    assert not list(tmp_path.iterdir())
+    folder = scaffold.write_method("half_width", tmp_path)
+    with pytest.raises(UsageError, match="exists and is not overwritten"):
+        scaffold.write_method("half_width", tmp_path)
+    (folder / "pyproject.toml").write_text("[project]\nname = 3\n")
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "site"))
+    with pytest.raises(EffbenchError, match="pip could not install it"):
+        scaffold.install(folder)
+    assert (folder / "README.md").exists()
+
+
+def test_a_tasks_drawn_data_are_all_different(tmp_path):
+    from effbench.scaffold import write_task
+
+    data = write_task("drawn", tmp_path) / "effbench_drawn" / "data"
+    files = list((data / "images").iterdir())
+    assert len({file.read_bytes() for file in files}) == len(files) == 112
+    lines = (data / "captions.csv").read_text().splitlines()[1:]
+    assert len(set(lines)) == len({line.split(",")[2] for line in lines}) == 224

@@ -54,7 +54,7 @@ def test_what_is_written_is_read_back(tmp_path):
     assert path == tmp_path / "records" / "run-1" and store.read(path) == store.read(path / "record.json") == record
     assert sorted(os.listdir(tmp_path / "records")) == ["run-1"]
     items = samples.item_samples("noop", 0, "t2i_rank", Items(np.array([3, 1]), np.array([0, 1])))
-    store.write(make_record("run-2"), pd.concat([steps(), items]), tmp_path)
+    store.write(make_record("run-2", wall_time=2.0), pd.concat([steps(), items]), tmp_path)
     frame = store.load(tmp_path, samples=True)
     assert list(frame) == ["run", *samples.TYPES] and len(frame) == 8
     got = frame[frame.kind == "item"]
@@ -159,6 +159,45 @@ def test_records_come_oldest_first_and_a_renamed_copy_is_a_problem(tmp_path):
     (tmp_path / "records" / "a").rename(tmp_path / "records" / "z")
     got, problems = store.read_all(tmp_path)
     assert [record.id for record in got] == ["c", "b"] and len(problems) == 1 and "renamed" in problems[0]
+
+
+def test_a_copy_under_another_id_is_named_and_counted_once(tmp_path):
+    store.write(make_record("first"), steps(), tmp_path)
+    store.write(make_record("second", notes=("edited by hand",)), steps(), tmp_path)
+    store.write(make_record("third", lockstep_overhead=0.1), steps(), tmp_path)
+    got, problems = store.read_all(tmp_path)
+    assert [record.id for record in got] == ["first", "third"]
+    assert len(problems) == 1 and "second is a copy: the same measurement as first" in problems[0]
+
+
+def test_links_pipes_and_names_that_climb_are_not_followed(tmp_path):
+    folder = tmp_path / "here" / "records"
+    path = store.write(make_record("run-1"), steps(), tmp_path / "here")
+    store.write(make_record("outside", wall_time=1.0), steps(), tmp_path / "there")
+    (folder / "outside").symlink_to(tmp_path / "there" / "records" / "outside")
+    (folder / "run-2").mkdir()
+    (folder / "run-2" / "record.json").symlink_to(path / "record.json")
+    (folder / "run-3").mkdir()
+    os.mkfifo(folder / "run-3" / "record.json")
+    (folder / "run-4").mkdir()
+    (folder / "run-4" / "record.json").write_text(edited(lambda r: r.update(id="../../there/records/outside")))
+    (folder / "stray.json").write_text(TEXT)
+    (folder / "a\n\x1b[31m").mkdir()
+    got, problems = store.read_all(tmp_path / "here")
+    assert [record.id for record in got] == ["run-1"] and len(problems) == 5
+    said = "\n".join(problems)
+    for part in ("outside is a link", "run-2/record.json is a link", "run-3/record.json is not a file", "id: String"):
+        assert part in said, said
+
+
+def test_huge_numbers_are_records_and_what_is_no_number_is_not(tmp_path):
+    folder = tmp_path / "records"
+    for name, text in (("huge", "1e308"), ("more", "1e999"), ("nan", "NaN"), ("whole", "1" + "0" * 5000)):
+        (folder / name).mkdir(parents=True)
+        content = edited(lambda r, name=name: r.update(id=name, wall_time="@"))
+        (folder / name / "record.json").write_text(content.replace('"@"', text))
+    got, problems = store.read_all(tmp_path)
+    assert [record.id for record in got] == ["huge"] and len(problems) == 3
 
 
 def test_find_by_id_beginning_latest_and_path(tmp_path):

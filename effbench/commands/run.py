@@ -206,6 +206,10 @@ def run(
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds of steps between checkpoints.", rich_help_panel=Running)
     ] = 60.0,
+    log: Annotated[
+        Literal["mlflow"] | None,
+        typer.Option(help="Log the record to MLflow too (MLFLOW_TRACKING_URI).", rich_help_panel=Running),
+    ] = None,
 ) -> int:
     """Compare methods with the baseline and its controls under one protocol, and write the leaderboard.
 
@@ -264,6 +268,7 @@ def run(
         dry_run=dry_run,
         fresh=fresh,
         checkpoint_every=checkpoint_every,
+        log=log,
     )
     if record is None:
         return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,6 +18,9 @@ def sweep(
         bool, typer.Option("--dry-run", help="List the experiments, their arms, time and memory.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run all of them again, from the beginning.")] = False,
+    log: Annotated[
+        Literal["mlflow"] | None, typer.Option(help="Log each new record to MLflow too (MLFLOW_TRACKING_URI).")
+    ] = None,
 ) -> int:
     """Run every task x backbone of a file with all its methods; one leaderboard.
 
@@ -30,7 +33,7 @@ def sweep(
     """
     from effbench.sweep import run
 
-    outcomes = run(file, out, dry_run=dry_run, fresh=fresh)
+    outcomes = run(file, out, dry_run=dry_run, fresh=fresh, log=log)
     for number, outcome in enumerate(outcomes, 1):
         state = outcome.record.id if outcome.record else "no record"
         say(f"{number}. {outcome.planned}: {state}{'' if outcome.ran else ' (not run now)'}")

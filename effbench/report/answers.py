@@ -10,13 +10,13 @@ from rich.text import Text
 from effbench.records import Answer, Arm
 from effbench.report import figures
 from effbench.report.markdown import clean, escape
-from effbench.report.tables import Row
+from effbench.report.standings import Standing
 
 LONGEST = 300  # characters of a text that are shown
 NOTHING = "(nothing)"
 
 
-def written(rows: Sequence[Row]) -> str:
+def written(rows: Sequence[Standing]) -> str:
     """By image: its references, then what the baseline and the methods did, arms that wrote the same together.
 
     Empty where no arm wrote anything.

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 from effbench.records import Arm, MetricValue, Record, Versus
 from effbench.report import figures
 from effbench.report.markdown import escape, table
-from effbench.report.tables import Row, name
+from effbench.report.standings import Standing, excess
+from effbench.report.tables import name
 
 BUDGETS = {"random": "same budget", "grid": "same budget", "norm": "same budget", "resize": "same FLOPs"}
 ANSWERED = {"random": "at an equal budget", "resize": "at equal FLOPs"}
-EQUAL = 0.01  # FLOPs that differ by less are the same
 
 
 def controls_of(arms: Iterable[Arm]) -> list[str]:
@@ -44,26 +44,17 @@ def verdict(found: Versus) -> str:
     return f"{found.verdict} (too few seeds)" if few else found.verdict
 
 
-def excess(found: Versus, arm: Arm, record: Record) -> float | None:
-    """FLOPs of the one arm of a control that should have the arm's / the arm's; None where they are the same."""
-    flops = {each.name: each.test_flops.work for each in record.arms if each.test_flops}
-    if BUDGETS.get(found.control) != "same FLOPs" or len(found.arms) != 1 or not flops.get(arm.name):
-        return None
-    share = flops.get(found.arms[0], 0) / flops[arm.name]
-    return share if abs(share - 1) > EQUAL else None
-
-
-def section(rows: list[Row]) -> str:
+def section(rows: list[Standing]) -> str:
     """The answer and the table of the methods that were measured; nothing where none was compared."""
     rows = [row for row in rows if row.arm.kind == "method" and row.record.primary_metric in row.arm.metrics]
     controls = controls_of(row.arm for row in rows)
     if not controls:
         return ""
     answers = [_answer(rows, control) for control in ANSWERED if control in controls]
-    return "\n\n".join(["**Against controls at the same budget**", "\n".join(answers), _table(rows, controls)])
+    return "\n\n".join(["\n".join(answers), _table(rows, controls)])
 
 
-def _answer(rows: list[Row], control: str) -> str:
+def _answer(rows: list[Standing], control: str) -> str:
     """`- Beat random at an equal budget (1 of 4): a. No difference shown: b, c. Worse: d.`"""
     groups: dict[str, list[str]] = {"BETTER": [], "NO DIFFERENCE SHOWN": [], "WORSE": [], "unequal": []}
     for row in rows:
@@ -80,7 +71,7 @@ def _answer(rows: list[Row], control: str) -> str:
     return "- " + " ".join(f"**{title}:** {', '.join(names)}." for title, names in told if names)
 
 
-def _table(rows: list[Row], controls: list[str]) -> str:
+def _table(rows: list[Standing], controls: list[str]) -> str:
     first = rows[0].record
     header = ["arm", escape(figures.heading(first, first.primary_metric))]
     for control in controls:
@@ -89,7 +80,7 @@ def _table(rows: list[Row], controls: list[str]) -> str:
     return table(header, [_cells(row, controls) for row in rows])
 
 
-def _cells(row: Row, controls: list[str]) -> list[str]:
+def _cells(row: Standing, controls: list[str]) -> list[str]:
     arm, record = row.arm, row.record
     own = arm.metrics[record.primary_metric]
 

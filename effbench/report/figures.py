@@ -87,7 +87,7 @@ def per_step(time: TimeSplit | None, part: str) -> str:
 
 def realised(arm: Arm, interval: bool = False) -> str:
     """Measured speed-up as a share of what the FLOPs promise; nothing where they promise next to nothing."""
-    if arm.promised is None or arm.realised is None or abs(arm.promised - 1) < LEAST_PROMISE:
+    if not arm.promised or arm.realised is None or abs(arm.promised - 1) < LEAST_PROMISE:
         return NONE
     scale = 100 / arm.promised
     return f"{100 * arm.realised:.0f} %{bounds(arm.test_speedup, scale, 0) if interval and arm.test_speedup else ''}"
@@ -331,6 +331,13 @@ def label(arm: Arm) -> str:
 def apart(arm: Arm) -> bool:
     """Whether it is one of the controls of which a run may have dozens."""
     return arm.kind == "control" and arm.control not in ("noop", "identity")
+
+
+def timed_batch(record: Record) -> int:
+    """Images of a timed step: as many as were asked for, or the whole split where it has fewer."""
+    asked = record.envelope.protocol.timing_batch
+    timed = [timing.batch for arm in record.arms for timing in arm.by_batch if timing.batch <= asked]
+    return max(timed, default=min(asked, record.envelope.images.get(record.envelope.split) or asked))
 
 
 def untaught(envelope: Envelope) -> str:

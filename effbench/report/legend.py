@@ -1,14 +1,30 @@
-"""How to read the leaderboard: what stands above its tables."""
+"""How to read the leaderboard: what stands above its tables, and below them."""
 
 INTRODUCTION = """\
 # effbench leaderboard
 
-Written by `effbench leaderboard` from the records in [records](records); do not edit.
+Written by `effbench leaderboard` from the records in [records](records); do not edit. The same as a web page with
+plots: [index.html](index.html); as data: [leaderboard.csv](leaderboard.csv), [leaderboard.json](leaderboard.json).
 
-- Every table is one *envelope*: the same task, data, weights, protocol and device. Rows of two tables are never ranked
-  together.
-- Where rows come from several runs, "run" says from which: compare ratios across runs, never seconds.
-- Order: the baseline, then the methods by test speed-up, then the controls; where these are many, most are folded up.
+Each section is one *envelope*: the same task, data, weights, protocol and device. Only its rows are ranked together.
+Test speed-up is baseline time / arm time, lossy-ness 1 - quality / baseline's quality, both with 95 % intervals; ★
+marks the Pareto front of the two, with the share of draws in which a method is on it. How to read all else stands at
+the end.
+"""
+
+LEGEND = """\
+<details><summary>How to read it</summary>
+
+- Where rows come from several runs, "run" says from which, and its command repeats it: compare ratios across runs,
+  never seconds. Of equal arms the newest measurement that did not fail is shown.
+- Order: the baseline, then the methods by test speed-up, those below the line last, then the controls.
+- ★, the Pareto front: baseline and methods that no other of them beats on both test speed-up and lossy-ness of the
+  primary metric. The percentage is the share of 2000 draws in which an arm is there, each figure drawn on its own from
+  a normal distribution as wide as its 95 % interval (speed-ups on the logarithm). Arms of one run share the baseline's
+  noise, which the draws do not know. — where an interval is missing, a method failed, or quality means nothing;
+  controls are not placed.
+- Below the line: methods that were compared with `random` or `resize` at the same budget and not shown to beat it
+  (worse, or no difference shown: each says which). Methods that take nothing away have no such control and stay above.
 - Controls: `noop` is a second, untouched baseline, `identity` the baseline on effbench's own attention. `random`,
   `grid` and `norm` keep as many tokens as a method, chosen blindly. `resize` spends the FLOPs of a method's
   image tower on a smaller image; its quality is interpolated between two sizes. A stack's part alone is one method of
@@ -60,4 +76,6 @@ Written by `effbench leaderboard` from the records in [records](records); do not
   1 - lossy-ness. At 1 they multiply; parts that shorten different towers come out above it.
 - Lossy-ness: 1 - quality / baseline's quality, with its 95 % interval; negative is better than the baseline. No loss is
   claimed only where two one-sided tests at 5 % put it within the margin.
+
+</details>
 """

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from effbench import parity, store
 from effbench.records import Arm, Record, Versus
-from effbench.report import answers, equal_budget, figures, training_costs
+from effbench.report import answers, equal_budget, figures, standings, training_costs, verdicts
 from effbench.report.markdown import clean
 
 VERDICT_STYLES = {"FASTER": "green", "SLOWER": "red", "AMBIGUOUS": "yellow", "TOO FEW SAMPLES": "yellow"}
@@ -37,13 +37,15 @@ def print_record(record: Record, console: Console) -> None:
             style="dim",
         )
     )
-    if record.status != "ok":
+    if record.status == "ok":
+        console.print(_verdict(record))
+    else:
         console.print(Text(f"INVALID: {clean(record.why_invalid, None)}", style="bold red"))
     if figures.untaught(envelope):
         console.print(Text(figures.untaught(envelope), style="bold yellow"))
     console.print(_cost(arms))
     if any(arm.step_time for arm in arms):
-        console.print(_time(arms, protocol.timing_batch))
+        console.print(_time(arms, figures.timed_batch(record)))
     if any(arm.decoding for arm in arms):
         console.print(_writing(arms, record))
     shown = 8 if console.width >= WIDE else MAX_METRICS
@@ -104,6 +106,13 @@ def print_record(record: Record, console: Console) -> None:
     notes += [f"{arm.name}: {arm.economics.note}" for arm in own]
     for note in dict.fromkeys(notes):
         console.print(Text(f"- {clean(note, None)}", style="dim"))
+
+
+def _verdict(record: Record) -> Text:
+    """What the run comes to, before any table."""
+    rows = standings.ranked([standings.Standing(arm, record, 1) for arm in record.arms])
+    answer, *more = (clean(text, None) for text in verdicts.sentences(rows))
+    return Text.assemble((answer, "bold"), *(f"\n{text}" for text in more))
 
 
 def _table(title: str, columns: list[str]) -> Table:

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from effbench import parity
-from effbench.records import Arm, Decoding, Record
+from effbench.records import Decoding, Record
 from effbench.report import figures, training_costs
 from effbench.report.markdown import escape, table
+from effbench.report.standings import Standing
 
 MAX_METRICS = 9
 NONE = figures.NONE
 
 
-@dataclass(frozen=True)
-class Row:
-    """An arm as it is shown: the record it comes from, and how many records of the envelope hold that arm."""
-
-    arm: Arm
-    record: Record
-    count: int
-
-
-def name(row: Row) -> str:
+def name(row: Standing) -> str:
     text = escape(figures.label(row.arm))
     text = f"**{text}**" if row.arm.kind == "baseline" else text
     return text + (f" ({row.count} runs)" if row.count > 1 else "")
 
 
-def _table(rows: list[Row], header: list[str], cells: Callable[[Row], list[str]]) -> str:
+def _table(rows: list[Standing], header: list[str], cells: Callable[[Standing], list[str]]) -> str:
     """A table with a row per arm; columns that are empty throughout are left out, and a table without any too."""
     return _lines(rows, header, [cells(row) for row in rows])
 
 
-def _lines(rows: list[Row], header: list[str], body: list[list[str]]) -> str:
+def _lines(rows: list[Standing], header: list[str], body: list[list[str]]) -> str:
     """A table of lines that each begin with an arm."""
     used = [i for i in range(len(header)) if any(row[i] != NONE for row in body)]
     if not used:
@@ -47,11 +38,11 @@ def _lines(rows: list[Row], header: list[str], body: list[list[str]]) -> str:
     return table(names, lines)
 
 
-def cost(rows: list[Row]) -> str:
+def cost(rows: list[Standing]) -> str:
     header = ["phase", "test speed-up", "verdict", "FLOPs promise", "realised", "train speed-up", "GFLOPs", "tokens"]
     header += ["GFLOPs of single images", "params M", "weights MiB", "peak MiB", "status"]
 
-    def cells(row: Row) -> list[str]:
+    def cells(row: Standing) -> list[str]:
         arm = row.arm
         return [
             NONE if arm.kind == "baseline" else arm.phase,
@@ -72,7 +63,7 @@ def cost(rows: list[Row]) -> str:
     return _table(rows, header, cells)
 
 
-def quality(rows: list[Row], record: Record) -> str:
+def quality(rows: list[Standing], record: Record) -> str:
     primary = record.primary_metric
     names = figures.metric_names(record, (row.arm for row in rows))[:MAX_METRICS]
     shared = list(dict.fromkeys(each for row in rows for each in row.arm.agreement))
@@ -80,7 +71,7 @@ def quality(rows: list[Row], record: Record) -> str:
     header += [escape(figures.heading(record, each)) for each in names]
     header += [escape(each.replace("_", " ") if figures.is_cosine(each) else f"agrees in {each}") for each in shared]
 
-    def cells(row: Row) -> list[str]:
+    def cells(row: Standing) -> list[str]:
         found = row.arm.metrics
         values = [figures.metric(found.get(each), interval=figures.sure(each, primary)) for each in names]
         agreement = [figures.agreement(row.arm, each) for each in shared]
@@ -91,12 +82,12 @@ def quality(rows: list[Row], record: Record) -> str:
     return _table(rows, header, cells)
 
 
-def stacks(rows: list[Row], primary: str) -> str:
+def stacks(rows: list[Standing], primary: str) -> str:
     """Stacks against their parts."""
     header = ["parts alone", "speed-up of the stack", "product of its parts", "interaction"]
     header += [f"lossy-ness of {escape(primary)}", "interaction of lossy-ness"]
 
-    def cells(row: Row) -> list[str]:
+    def cells(row: Standing) -> list[str]:
         arm, found = row.arm, row.arm.interaction
         parts = [f"{part} {speed:.2f}x" for part, speed in figures.alone(arm, row.record).items()]
         return [
@@ -111,12 +102,12 @@ def stacks(rows: list[Row], primary: str) -> str:
     return _table([row for row in rows if row.arm.interaction], header, cells)
 
 
-def origin(rows: list[Row]) -> str:
+def origin(rows: list[Standing]) -> str:
     """Where a speed-up comes from, and what stands in its way."""
     header = ["compute", "end to end", "image tower", "text tower", "Amdahl ceiling", "kernels"]
     header += ["kernel effect", "method effect"]
 
-    def cells(row: Row) -> list[str]:
+    def cells(row: Standing) -> list[str]:
         arm, identity = row.arm, row.record.control("identity")
         theirs = row.record.baseline().kernels
         differs = parity.differs(theirs, arm.kernels) if theirs and arm.kernels else ()
@@ -135,13 +126,13 @@ def origin(rows: list[Row]) -> str:
     return _table(rows, header, cells)
 
 
-def batches(rows: list[Row]) -> str:
+def batches(rows: list[Standing]) -> str:
     """Latency, throughput, and the batch size from which on a method pays."""
     sizes = sorted({timing.batch for row in rows for timing in row.arm.by_batch})
-    most = max((row.record.envelope.protocol.timing_batch for row in rows), default=0)
+    most = max((figures.timed_batch(row.record) for row in rows), default=0)
     header = ["latency ms", f"images/s at batch {most}", *(f"speed-up at {size}" for size in sizes), "pays from batch"]
 
-    def cells(row: Row) -> list[str]:
+    def cells(row: Standing) -> list[str]:
         found = {timing.batch: timing for timing in row.arm.by_batch}
         return [
             figures.milliseconds(found.get(1)),
@@ -153,7 +144,7 @@ def batches(rows: list[Row]) -> str:
     return _table(rows, header, cells)
 
 
-def writing(rows: list[Row]) -> str:
+def writing(rows: list[Standing]) -> str:
     """First token and further ones: time, cache and FLOPs; a line per batch size and arm."""
     header = ["texts", "tokens before the text", "first token ms", "first token speed-up", "ms per further token"]
     header += ["further tokens speed-up", "further tokens/s", "KV cache MiB", "GFLOPs to first token", "of it prefill"]
@@ -176,13 +167,13 @@ def writing(rows: list[Row]) -> str:
     return _lines([row for _, row in found], header, [cells(each) for each, _ in found])
 
 
-def step(rows: list[Row]) -> str:
+def step(rows: list[Standing]) -> str:
     """Milliseconds of a timed test step, by what they were spent on; means of the middle half of the steps."""
     parts = ["compute", "image", "text", "connector", "prefill", "decode", "overhead", "head", "data_wait", "transfer"]
     header = ["step ms", "image tower ms", "text tower ms", "connector ms", "prefill ms", "decode ms"]
     header += ["method overhead ms", "head ms", "data wait ms", "transfer ms", "first step ms", "joules per step"]
 
-    def cells(row: Row) -> list[str]:
+    def cells(row: Standing) -> list[str]:
         time, energy = row.arm.step_time, row.arm.energy
         first = figures.number(1000 * time.first_step) if time else NONE
         return [
@@ -194,7 +185,7 @@ def step(rows: list[Row]) -> str:
     return _table(rows, header, cells)
 
 
-def training(rows: list[Row]) -> str:
+def training(rows: list[Standing]) -> str:
     """Seconds of the whole training, by what they were spent on."""
     parts = ["data_wait", "transfer", "settle", "features"]
     parts += ["image", "text", "connector", "prefill", "decode", "overhead", "head", "backward", "optimiser"]
@@ -203,7 +194,7 @@ def training(rows: list[Row]) -> str:
     header += ["method overhead", "head", "backward", "optimiser"]
     header += ["first step", "steps", "GFLOPs per pair", "trained params M"]
 
-    def cells(row: Row) -> list[str]:
+    def cells(row: Standing) -> list[str]:
         time, arm = row.arm.train_time, row.arm
         spent = [getattr(time, part) if time else 0.0 for part in parts]
         return [
@@ -218,7 +209,7 @@ def training(rows: list[Row]) -> str:
     return _table([row for row in rows if row.arm.train_time], header, cells)
 
 
-def economics(rows: list[Row]) -> str:
+def economics(rows: list[Standing]) -> str:
     """Time and FLOPs to a quality, and when they pay back; nothing where no method trains of its own."""
     if not training_costs.any_own(row.arm for row in rows):
         return ""
@@ -228,7 +219,7 @@ def economics(rows: list[Row]) -> str:
     header = [f"best dev {primary}", f"target ({share} of the baseline's best)", "s to target", "speed-up to target"]
     header += ["TFLOPs to target", "tuning s", "tuning TFLOPs", "saved per query ms", "break-even queries", "note"]
 
-    def cells(row: Row) -> list[str]:
+    def cells(row: Standing) -> list[str]:
         arm, record, found = row.arm, row.record, row.arm.economics
         return [
             training_costs.quality(found, found and found.best_dev, record),
@@ -246,12 +237,12 @@ def economics(rows: list[Row]) -> str:
     return _table([row for row in rows if row.arm.economics], header, cells)
 
 
-def memory(rows: list[Row]) -> str:
+def memory(rows: list[Standing]) -> str:
     """MiB of a test and of a training step, each in fresh processes."""
     header = ["test: weights", "activations", "tensors' peak", "process: load peak", "run peak", "reserved", "cache"]
     header += ["train: gradients", "optimiser", "activations", "tensors' peak", "process: run peak"]
 
-    def cells(row: Row) -> list[str]:
+    def cells(row: Standing) -> list[str]:
         test, train = row.arm.memory, row.arm.train_memory
         fields = ["weights", "activations", "tensor_peak", "load_peak", "run_peak", "reserved", "cache"]
         found = [figures.mebibytes(getattr(test, field)) if test else NONE for field in fields]
@@ -261,12 +252,12 @@ def memory(rows: list[Row]) -> str:
     return _table(rows, header, cells)
 
 
-def anatomy(rows: list[Row]) -> str:
+def anatomy(rows: list[Standing]) -> str:
     """What each arm really was at run time."""
     header = ["attention", "products in", "runs", "dtypes of weights MiB", "disk MiB", "quantised", "trained layers"]
     header += ["tokens", "useful GFLOPs", "low-bit Gops", "analytic GFLOPs"]
 
-    def cells(row: Row) -> list[str]:
+    def cells(row: Standing) -> list[str]:
         arm, kernels, structure, flops = row.arm, row.arm.kernels, row.arm.structure, row.arm.test_flops
         how, what, count = [NONE] * 3, [NONE] * 5, [NONE] * 3
         if kernels:

@@ -1,0 +1,156 @@
+"""Every command that README.md and docs/ tell is run: experiments as dry runs, what needs a network or minutes by half.
+
+The commands run in the order of the page, in one folder per page, with the leaderboard of one short run in it.
+"""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from effbench.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: what a reader replaces by something of their own
+PLACES = {
+    "DIR": "data",
+    "FILE": "out.safetensors",
+    "RECORD": str(ROOT / "tests/reference/scenes"),
+    "RUN": "latest",
+    "RUN1": "latest",
+    "RUN2": "latest",
+}
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's ```sh blocks, continued lines joined, without comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in (re.sub(r"(^|\s+)#.*", "", line).strip() for line in lines) if line]
+
+
+CASES = [pytest.param(page, line, id=f"{page.name}: {line}"[:110]) for page in PAGES for line in commands(page)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with what the pages take for granted: the repository's sweeps, and a leaderboard with a run."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("sweeps", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("EFFBENCH_CACHE", str(folder / "cache"))
+        short = "--epochs 1 --data-share 0.05 --timing-pairs 6 --memory-runs 0 --controls none".split()
+        assert main(["run", "--method", "token_prune", "--task", "scenes", *short]) in (0, 2)
+    return folder
+
+
+def test_pages_have_commands():
+    assert len(CASES) > 40 and {page.name for page in PAGES} >= {"README.md", "writing-a-method.md"}
+
+
+@pytest.mark.parametrize("page, line", CASES)
+def test_a_told_command_works(page, line, place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("EFFBENCH_CACHE", str(place / "cache"))
+    words = [PLACES.get(word, word) for word in shlex.split(line)]
+    while "=" in words[0]:
+        words.pop(0)
+        if not words:
+            return  # a variable alone
+    program, *rest = words
+    RUNNERS[Path(program).name](rest, monkeypatch)
+
+
+def _make(words, monkeypatch):
+    assert subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def _python(words, monkeypatch):
+    """A benchmark at its smallest; the tower's training by its arguments alone, since it takes minutes."""
+    if words[0] == "-m":
+        words.append("--help")
+    elif words[0] in NEED_CAPTIONS and not os.environ.get("EFFBENCH_DATA"):
+        pytest.skip("it packs the captions of Flickr8k; set EFFBENCH_DATA")
+    else:
+        words = [str(ROOT / words[0]), *words[1:], *SMALLEST[words[0]].split()]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+NEED_CAPTIONS = {"benchmarks/sample_pack.py", "benchmarks/text_pack.py"}
+SMALLEST = {
+    "benchmarks/decoder_prune.py": "--layers 4 --width 64 --batch 2 --pairs 6 --vocabulary 50",
+    "benchmarks/decoding.py": "--layers 1 --width 64 --batch 2 --image-tokens 4 --words 4 --pairs 2",
+    "benchmarks/sample_pack.py": "--image-tokens 4 --batch 4 --steps 6 --layers 1 --width 64",
+    "benchmarks/text_pack.py": "--batches 4 --pairs 6",
+    "benchmarks/window_attention.py": "--pairs 6",
+}
+
+
+def _effbench(words, monkeypatch):
+    from effbench import dry_run
+
+    monkeypatch.setattr(dry_run, "_seconds", lambda step: 1.0)  # arms are built and checked, their steps are not timed
+    expected = (0,)
+    if words[0] in ("run", "sweep"):
+        words = [*words, "--dry-run"] if "--dry-run" not in words else words
+        if "real" in words and not os.environ.get("EFFBENCH_DATA"):
+            expected = (2,)  # no copy of Flickr8k here: it says so
+        if "hf:FOLDER" in words:
+            import tiny_hf
+
+            if not Path("FOLDER").exists():
+                tiny_hf.llama(Path("FOLDER"))
+        for weights in ("deit_tiny_patch16_224.safetensors",):
+            if weights in words:
+                words[words.index(weights)] = str(_weights(weights))
+        if "--pretrained" in words:  # a download
+            words[words.index("--pretrained") + 1] = "random"
+    elif words[0] in ELSEWHERE or " ".join(words[:2]) in ELSEWHERE:
+        words.append("--help")
+    elif words[0] == "calibrate":
+        words += "--trials 20 --slower-trials 0 --loaded-trials 0 --pairs 6 --backbone timm:test_vit".split()
+    elif words[:2] == ["data", "check"] and not os.environ.get("EFFBENCH_DATA"):
+        expected = (2,)
+    elif words[0] == "new":
+        shutil.rmtree(f"effbench-{words[2].replace('_', '-')}", ignore_errors=True)
+    assert main(words) in expected, words
+
+
+#: by their arguments alone
+ELSEWHERE = {
+    "data get": "it downloads; test_download runs it against a server on loopback",
+}
+
+
+def _weights(name: str) -> Path:
+    if not os.environ.get("EFFBENCH_WEIGHTS"):
+        pytest.skip("it takes real weights; set EFFBENCH_WEIGHTS")
+    return Path(os.environ["EFFBENCH_WEIGHTS"]) / name
+
+
+def _pip(words, monkeypatch):
+    """That an installed plugin works is shown by the tests of `effbench new`."""
+    assert words[:2] == ["install", "-e"]
+
+
+def _export(words, monkeypatch):
+    assert re.fullmatch(r"[A-Z_]+=\S+", words[0])
+
+
+RUNNERS = {"make": _make, "python": _python, "effbench": _effbench, "pip": _pip, "export": _export}
+
+
+def test_the_pages_python_is_python():
+    for page in PAGES:
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            ast.parse(block)
