@@ -156,7 +156,7 @@ def leaderboard(out: Out = Path("leaderboard")) -> None:
 
     if not (out / "records").is_dir():
         raise InvalidError(f"there are no runs in {out}", "make one with effbench run, or name the folder with --out")
-    say(f"leaderboard: {write_leaderboard(out)}")
+    say(f"leaderboard: {write_leaderboard(out)}, as a page to sort and filter: {out / 'index.html'}")
 
 
 @app.command(epilog=_examples("effbench show latest", "effbench show 20260102-flickr8k --out results"))

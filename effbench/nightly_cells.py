@@ -53,7 +53,7 @@ def default_cells() -> list[Cell]:
         ),
         (
             dict(backbone="timm:test_vit3", weights="random", batch=8),
-            ("baseline", "token_prune:keep=0.5,at=2/4/6", "token_merge"),
+            ("baseline", "token_prune:keep=0.5,score=norm,at=2/4/6", "token_merge"),
         ),
         (
             dict(backbone="timm:deit_tiny_patch16_224", weights="random", batch=2),

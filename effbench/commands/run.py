@@ -273,7 +273,7 @@ def run(
     if record is None:
         return 0
     print_record(record, console())
-    say(f"\nleaderboard: {out / 'README.md'}")
+    say(f"\nleaderboard: {out / 'README.md'}, as a page to sort and filter: {out / 'index.html'}")
     return exit_code(record)
 
 

@@ -40,7 +40,7 @@ def sweep(
         for spec, reason in outcome.planned.left_out.items():
             say(f"   without {spec}: {reason}")
     if not dry_run and any(outcome.record for outcome in outcomes):
-        say(f"leaderboard: {out / 'README.md'}")
+        say(f"leaderboard: {out / 'README.md'}, as a page to sort and filter: {out / 'index.html'}")
     again = f"effbench sweep {shlex.quote(str(file))} --out {shlex.quote(str(out))}"
     for outcome in outcomes:
         kept = outcome.record is not None and outcome.record.status == "ok"  # it takes --fresh to run those again

@@ -22,7 +22,8 @@ LEGEND = """\
   primary metric. The percentage is the share of 2000 draws in which an arm is there, each figure drawn on its own from
   a normal distribution as wide as its 95 % interval (speed-ups on the logarithm). Arms of one run share the baseline's
   noise, which the draws do not know. — where an interval is missing, a method failed, or quality means nothing;
-  controls are not placed.
+  controls are not placed. "Worth using" names those that are shown to be FASTER, on the front, above the line, and lose
+  less than 20 % of the baseline's quality.
 - Below the line: methods that were compared with `random` or `resize` at the same budget and not shown to beat it
   (worse, or no difference shown: each says which). Methods that take nothing away have no such control and stay above.
 - Controls: `noop` is a second, untouched baseline, `identity` the baseline on effbench's own attention. `random`,

@@ -12,12 +12,15 @@ from effbench.report import figures
 from effbench.report.standings import BLIND, Standing, judged
 
 NAMED = 4  # methods that a sentence names
+DEAR = 0.2  # lossy-ness from which on nothing is called worth its speed: a smaller model is the fairer comparison
 
 
 def worth_using(row: Standing) -> bool:
-    """Whether it is shown to be faster, on the front, and not below a blind control that it was compared with."""
+    """Whether it is shown to be faster, on the front, not DEAR, and not below a blind control at the same budget."""
     speed = row.arm.test_speedup
-    return row.front and not row.below and row.arm.kind == "method" and speed is not None and speed.verdict == "FASTER"
+    if speed is None or speed.verdict != "FASTER" or row.arm.kind != "method":
+        return False
+    return row.front and not row.below and _loss(row) < DEAR
 
 
 def sentences(rows: Sequence[Standing]) -> list[str]:
@@ -72,8 +75,10 @@ def _answer(rows: Sequence[Standing], methods: list[Standing], measured: list[St
     below = [row for row in faster if row.below]
     why = [f"{len(below)} not shown to beat a blind control at the same budget"] if below else []
     why += [f"{len(unplaced)} without a lossy-ness that has an interval"] if unplaced else []
-    others = len([row for row in faster if not row.below and row.probability is not None])
-    why += [f"{others} beaten on both speed-up and lossy-ness"] if others else []
+    placed = [row for row in faster if not row.below and row.probability is not None]
+    dear = [row for row in placed if row.front]
+    why += [f"{len(dear)} that lose {100 * DEAR:.0f} % or more"] if dear else []
+    why += [f"{len(placed) - len(dear)} beaten on both speed-up and lossy-ness"] if len(placed) > len(dear) else []
     return f"Nothing to recommend: of {count}, {len(faster)} shown to be FASTER, but of these {', '.join(why)}."
 
 
