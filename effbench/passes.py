@@ -21,7 +21,7 @@ from effbench.lockstep import (
     restore,
     steps,
 )
-from effbench.task import Items, Task
+from effbench.task import Items
 
 
 def features(arms: list[Arm], setting: Setting, sizes: dict[str, int], partial: Partial | None, save: Save) -> Partial:
