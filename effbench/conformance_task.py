@@ -79,8 +79,13 @@ class Case:
             except DataNotFound as missing:
                 self._data = missing
         if isinstance(self._data, DataNotFound):
-            raise NotChecked(f"its data are not here: {self._data}")
+            raise NotChecked("its data are not here")
         return self._data
+
+    @property
+    def missing(self) -> str:
+        """Why there are no data."""
+        return str(self._data) if isinstance(self._data, DataNotFound) else ""
 
     @property
     def examples(self) -> list[Example]:
@@ -104,7 +109,10 @@ def documentation(case: Case) -> str:
 
 def data_are_read(case: Case) -> str:
     """`load` gives the three splits, a name and a fingerprint."""
-    data = case.data
+    try:
+        data = case.data
+    except NotChecked as reason:
+        raise NotChecked(f"{reason}: {case.missing}") from None
     if not isinstance(data, Data):
         raise Fault(f"load gives {type(data).__name__}", "return effbench.task.Data(name, splits, fingerprint)")
     missing = [split for split in SPLITS if not data.splits.get(split)]
@@ -179,7 +187,8 @@ def fingerprint_is_stable(case: Case) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     last = (done.stdout.strip().splitlines() or [""])[-1].removeprefix("fingerprint: ")
     if done.returncode:
-        raise Fault(f"load fails in another process: {(done.stderr.strip().splitlines() or ['?'])[-1]:.200}", todo)
+        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("next: ")]
+        raise Fault(f"load fails in another process: {(lines or ['it says nothing'])[-1]:.300}", todo)
     if last != first:
         raise Fault(f"in another process the fingerprint is {last:.40}, here it is {first:.40}", todo)
     return f"{first[:16]}, three times"

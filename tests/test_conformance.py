@@ -234,7 +234,8 @@ def test_data_that_are_not_here_are_no_fault(monkeypatch, tmp_path):
     report = check_task("flickr8k")
     results = {outcome.check: outcome for outcome in report.outcomes}
     assert not report.failed and results["data are read"].result == "SKIPPED"
-    assert "its data are not here" in results["images decode"].said
+    assert results["images decode"].said == "its data are not here"
+    assert str(tmp_path) in results["data are read"].said
 
 
 def test_the_command_says_what_failed_and_what_to_do(distribution, capsys):

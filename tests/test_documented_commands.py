@@ -49,7 +49,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("EFFBENCH_CACHE", str(folder / "cache"))
-        short = "--epochs 1 --data-share 0.05 --timing-pairs 6 --memory-runs 0 --controls none".split()
+        short = "--epochs 2 --data-share 0.3 --timing-pairs 6 --memory-runs 0 --controls none".split()
         assert main(["run", "--method", "token_prune", "--task", "scenes", *short]) in (0, 2)
     return folder
 

@@ -16,7 +16,7 @@ SKIP = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
 
 
 def run(*command, **options):
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600, **options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -98,11 +98,13 @@ def test_a_third_partys_method_and_task_run_end_to_end(tmp_path):
 def test_a_new_plugin_is_installed_and_passes_its_own_tests_and_the_check(kind, tests, tmp_path):
     """`effbench new KIND NAME` is one command: what it writes is installed, listed, conforms, and is tidy."""
     name, target = f"half_{kind}", tmp_path / "site"
-    environment = os.environ | {"PIP_TARGET": str(target), "COLUMNS": "160"}  # not into the environment of the tests
+    target.mkdir()
+    (target / "sitecustomize.py").write_text(f"import site\nsite.addsitedir({str(target)!r})\n")  # as a venv has it
+    own = {"PIP_TARGET": str(target), "PYTHONPATH": str(target)}  # not the environment that the tests run in
+    environment = os.environ | own | {"COLUMNS": "160"}
 
     def python(code, *arguments):
-        code = f"import os, site, sys\nif os.path.isdir({str(target)!r}): site.addsitedir({str(target)!r})\n{code}"
-        return run(sys.executable, "-c", code, *arguments, env=environment, cwd=tmp_path)
+        return run(sys.executable, "-c", f"import sys; {code}", *arguments, env=environment, cwd=tmp_path)
 
     command = "from effbench.cli import main; sys.exit(main())"
     said = python(command, "new", kind, name)
