@@ -158,7 +158,7 @@ class Captioning(Task):
         if all(example.synthetic for example in data.splits["train"]):
             second = [replace(e, captions=e.synthetic, questions=()) for e in data.splits["train"]]
             texts["synthetic"] = _texts(second, words)
-        _check_words(words, texts["tuning"], options.decoder)
+        _check_words(words, texts["tuning"], str(backbone) if options.decoder == "own" else options.decoder)
         longest = {name: int(each.lengths.max()) for name, each in texts.items()}
         name = max(longest, key=longest.__getitem__)
         image = options.image_tokens or backbone.patch_tokens().patches if options.decoder != "own" else backbone.around

@@ -140,9 +140,10 @@ class Experiment:
         engine.check(self.protocol, self.sizes["train"])
         for plan in self.plans:
             if plan.phase != "test" and not self.trains:
+                hint = "use --train full, or --train locked for what trains beside a frozen tower"
                 raise UsageError(
                     f"{plan.name} acts while training, but nothing is trained",
-                    "use --train full, or --train locked for what trains beside a frozen tower",
+                    hint if self.protocol.epochs else "use --epochs 1 or more",
                 )
             randomness.seed_all(0)
             try_out(plan, self.task, self.recipe, self.backbone, self.protocol, self.rehearsal)

@@ -94,20 +94,30 @@ class Duplication(Pick):
         return Kept(torch.cat([first, others.gather(1, found)], dim=1))
 
 
+def square_side(keep: float, each: int) -> int:
+    """Side of the square of means that pool makes of an image's tokens.
+
+    Raises:
+        UsageError: the share or the tokens are no square.
+    """
+    k = budget(keep, each)
+    side = math.isqrt(k)
+    if side**2 != k or math.isqrt(each) ** 2 != each:
+        near = max(1, round(math.sqrt(keep * each)))
+        raise UsageError(
+            f"{NAME}: by=pool makes squares of squares; keep={keep:g} of {each} image tokens are {k}",
+            f"use keep={near**2 / each:.4g}, which makes {near} x {near}",
+        )
+    return side
+
+
 class Pool(Pick):
     """Means over squares."""
 
     def forward(self, seen: Seen) -> Kept:
-        n = seen.image.shape[1]
-        each = n // seen.images
-        k = budget(self.method.keep, each)
-        side = math.isqrt(k)
-        if side**2 != k or math.isqrt(each) ** 2 != each:
-            near = max(1, round(math.sqrt(self.method.keep * each)))
-            raise UsageError(
-                f"{NAME}: by=pool makes squares of squares; keep={self.method.keep:g} of {each} image tokens are {k}",
-                f"use keep={near**2 / each:.4g}, which makes {near} x {near}",
-            )
+        each = seen.image.shape[1] // seen.images
+        side = square_side(self.method.keep, each)
+        k = side**2
         values = smaller_grid(seen.patches.unflatten(1, (seen.images, each)).flatten(0, 1), side)
         values = values.unflatten(0, (-1, seen.images)).flatten(1, 2)
         first = torch.arange(seen.images, device=values.device)[:, None] * each + torch.arange(k, device=values.device)

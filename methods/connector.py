@@ -41,7 +41,9 @@ class Connector(Method):
     phases = ("both",)  # what is trained with it is tested with it
 
     type: str = param("mlp", "which connector", choices=TYPES)
-    tokens: int | None = param(None, "image tokens that it hands over; none: as many as the baseline's", low=1)
+    tokens: int | None = param(
+        None, "image tokens that it hands over; none: as many as the baseline's", low=1, high=65536
+    )
     depth: int | None = param(
         None, "layers of perceiver (none: 6), bottlenecks in either stage of c_abstractor (none: 3)", low=1, high=64
     )

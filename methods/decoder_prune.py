@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from effbench.errors import UsageError
 from effbench.method import Method, param
-from effbench_methods._decoder_choices import NAME, Conditional, Duplication, Pick, Pool, Zip
+from effbench_methods._decoder_choices import NAME, Conditional, Duplication, Pick, Pool, Zip, square_side
 
 if TYPE_CHECKING:
     from effbench.models.decoder import Decoder
@@ -79,6 +79,8 @@ class DecoderPrune(Method):
             raise UsageError(f"{NAME} needs a language model that reads image tokens", "use --task flickr8k_caption")
         at = self.layers(len(decoder))
         self._check(decoder, at)
+        if self.by == "pool" and (side := getattr(model.connector, "side", None)):
+            square_side(self.keep, side**2)  # of other connectors a first image tells
         if self.keep == 1:
             return
         for layer in at:

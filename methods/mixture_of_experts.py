@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ class MixtureOfExperts(Method):
     default_phase = "both"
     phases = ("both",)
 
-    experts: int = param(4, "experts in each layer", low=2)
+    experts: int = param(4, "experts in each layer", low=2, high=4096)
     active: int = param(1, "experts that each token takes, each 1/active of the dense size", low=1)
     layers: str = param("every", "which layers have experts; other: 1, 3, 5, ...", choices=("every", "other"))
     balance: float = param(0.01, "weight of the load-balancing loss; 0: none", low=0)
@@ -74,6 +75,14 @@ class MixtureOfExperts(Method):
             )
         for block in chosen:
             self._check(decoder, getattr(block, "mlp", None))
+        dense = sum(p.numel() * p.element_size() for block in chosen for p in block.mlp.parameters())
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if dense * self.growth > memory:
+            raise UsageError(
+                f"mixture_of_experts: experts={self.experts} of {len(chosen)} layers are "
+                f"{dense * self.growth >> 20:,} MiB of weights, and this machine has {memory >> 20:,} MiB of memory",
+                f"use experts={max(2, memory // dense // 8 * self.active)} or fewer: training needs four times as much",
+            )
         spread = getattr(decoder.config, "initializer_range", 0.02)
         for block in chosen:
             block.mlp = Experts(block.mlp, self.experts, self.active, spread)

@@ -316,7 +316,7 @@ def test_what_cannot_be_is_refused_by_name(spec, names):
 
 def test_what_a_model_lacks_is_refused_by_name():
     with pytest.raises(UsageError, match="pool makes squares.*0.5 of 16 image tokens are 8"):
-        written(pruned("by=pool,keep=0.5"))
+        pruned("by=pool,keep=0.5")  # refused when the model is made
     with pytest.raises(UsageError, match="needs a language model"):
         DecoderPrune().edit_model(view(tiny.vit()))
     with pytest.raises(UsageError, match="class token"):

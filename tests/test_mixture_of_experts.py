@@ -1,6 +1,7 @@
 """mixture_of_experts: the dense model at first, its FLOPs, and a router that learns."""
 
 import copy
+import os
 import pickle
 from types import SimpleNamespace
 
@@ -259,3 +260,9 @@ def test_bad_input_is_refused_and_changes_nothing(spec, make, message):
 def test_a_model_without_a_decoder_is_refused():
     with pytest.raises(UsageError, match="acts on a captioner's decoder, and .*CLIP has none"):
         parse("mixture_of_experts")[0].edit_model(view(tiny.clip()))
+
+
+def test_more_experts_than_the_machine_holds_are_refused_before_they_are_made(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    with pytest.raises(UsageError, match="experts=4 of 3 layers are .* MiB of weights, and this machine has 0 MiB"):
+        trained("mixture_of_experts")

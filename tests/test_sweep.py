@@ -204,7 +204,7 @@ def test_lists_are_products_and_names_a_stack():
 def test_options_are_those_of_a_run():
     names = set(inspect.signature(start.run).parameters)
     beside = {"methods", "task", "backbone", "weights", "pretrained", "data", "seeds", "controls"}
-    assert set(Options.model_fields) == names - beside - {"out", "dry_run", "fresh", "live"}
+    assert set(Options.model_fields) == names - beside - {"out", "dry_run", "fresh", "live", "log"}
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,9 @@ def masked_tokens(
     if not tokens or not baseline_tokens or _fewer(tokens, baseline_tokens):
         return ""
     hidden = _hidden(flops) - _hidden(baseline_flops)
-    if flops is not None and hidden > TOLERANCE * flops.dense:
+    # an arm that computes more, e.g. on a longer prompt, has more behind the same masks
+    longer = flops is not None and baseline_flops is not None and flops.dense > (1 + TOLERANCE) * baseline_flops.dense
+    if flops is not None and not longer and hidden > TOLERANCE * flops.dense:
         return (
             f"masked, not removed: its masks hide {hidden / flops.dense:.1%} of the FLOPs, but every block still takes "
             f"{_span(tokens)} tokens and computes them"
