@@ -144,6 +144,7 @@ class Bed:
             captioning=captioning,
         )
         task.set_apart(data, self.protocol)
+        self.sizes = data.sizes()
         self.prepared = task.prepare(data, backbone, self.protocol, lambda *_: None)
         self.recipe = task.recipe(self.prepared)
         side = backbone.image_size
@@ -249,7 +250,7 @@ def captioning_of(task: Task) -> Options | None:
     """How a task writes text when only a few words are asked for; None where it writes none."""
     if not task.writes:
         return None
-    small = dict(stages=(), layers=2, width=64, image_tokens=4, max_tokens=6, new_tokens=4)
+    small = dict(layers=2, width=64, image_tokens=4, max_tokens=6, new_tokens=4)
     return Options(**task.recommended.get("captioning", {}) | small)
 
 

@@ -218,8 +218,10 @@ def metrics_are_declared(case: Case) -> str:
         for metric in found:
             _declared(metric, split)
         said = names
-    if case.task.primary and case.task.primary not in said:
-        raise Fault(f"primary = {case.task.primary!r} is no metric of test", f"name one of {', '.join(said)}")
+    named = case.task.primary if type(case.task).primary_metric is Task.primary_metric else ""
+    primary = named or case.task.primary_metric(_prepared(case), "test").name
+    if primary not in said:
+        raise Fault(f"primary = {primary!r} is no metric of test", f"name one of {', '.join(said)}")
     return ", ".join(said)
 
 
@@ -281,15 +283,20 @@ def _step_and_scores(case: Case) -> str:
     if not any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters()):
         raise Fault("the loss has no gradient in any parameter", "let it depend on what the model computes")
     model.eval()
-    values = []
+    values, without = [], []
     for split in ("dev", "test"):
         batch = task.batch(prepared, split, np.arange(_few(case, split)), None)
         with seeded(0), torch.no_grad():
             outputs = task.look(model, batch) if split == "dev" else task.predict(model, batch)
         scores = task.score(prepared, split, outputs)
         for metric in task.metrics(prepared, split):
-            values.append(_value(metric, scores))
-    return f"loss {float(loss.detach()):.3g}; {sum(v is not None for v in values)} metrics of dev and test have values"
+            if metric.items not in scores and type(task).groundwork is not Task.groundwork:
+                without.append(metric.name)  # it may compare with the weights that all arms start from
+            else:
+                values.append(_value(metric, scores))
+    more = f"; not without the groundwork of a run: {', '.join(without)}" if without else ""
+    found = sum(value is not None for value in values)
+    return f"loss {float(loss.detach()):.3g}; {found} metrics of dev and test have values{more}"
 
 
 def _value(metric: Metric, scores: dict[str, Items]) -> float | None:
@@ -307,7 +314,7 @@ def _value(metric: Metric, scores: dict[str, Items]) -> float | None:
 
 
 def _few(case: Case, split: str) -> int:
-    return min(FEW, len(case.data.splits[split]))
+    return case.bed.sizes[split]
 
 
 @contextmanager

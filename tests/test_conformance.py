@@ -190,6 +190,7 @@ BROKEN_TASKS = [
         "def metrics(self, *_): return [Metric('t2i_r10', 't2i_rank', float, False, 10.0, 100.0)]",
         "lower is better, yet chance is 10",
     ),
+    ("metrics_are_declared", "", "primary = 'cider'", "primary = 'cider' is no metric of test"),
     ("metrics_are_declared", "splits['test'] = splits['test'][:8]", "", "t2i_r10 of test: chance is its ceiling"),
     (
         "a_step_and_its_scores",
