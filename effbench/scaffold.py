@@ -18,6 +18,32 @@ from effbench.registry import methods, tasks
 SETUPTOOLS = 77  # what the packages' pyproject.toml asks for
 
 
+#: pyproject.toml of a plugin; the files of a kind may add to it
+PROJECT = """\
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "$distribution"
+version = "0.1.0"
+description = "$name, a $kind for effbench"
+readme = "README.md"
+requires-python = ">=3.11"
+dependencies = ["effbench"]
+
+[project.optional-dependencies]
+test = ["pytest"]
+
+# Every file of the package whose name does not start with "_" is a $kind, named as the file.
+[project.entry-points."effbench.${kind}s"]
+$name = "effbench_$name"
+
+[tool.setuptools]
+packages = ["effbench_$name"]
+"""
+
+
 def write_method(name: str, to: Path) -> Path:
     """Write the package `effbench-NAME` with a method into a folder of that name under `to` and return it.
 
@@ -51,7 +77,8 @@ def _write(kind: str, name: str, to: Path, files: dict[str, str]) -> Path:
     folder = Path(to).expanduser() / f"effbench-{name.replace('_', '-')}"
     if folder.exists():
         raise UsageError(f"{folder} exists and is not overwritten", "choose another name or another folder with --to")
-    words = {"name": name, "title": name.title().replace("_", ""), "distribution": folder.name}
+    files = files | {"pyproject.toml": PROJECT + files.get("pyproject.toml", "")}
+    words = {"kind": kind, "name": name, "title": name.title().replace("_", ""), "distribution": folder.name}
     for path, text in files.items():
         file = folder / Template(path).substitute(words)
         file.parent.mkdir(parents=True, exist_ok=True)

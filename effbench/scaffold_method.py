@@ -3,29 +3,6 @@
 from __future__ import annotations
 
 FILES = {
-    "pyproject.toml": """\
-[build-system]
-requires = ["setuptools>=77"]
-build-backend = "setuptools.build_meta"
-
-[project]
-name = "$distribution"
-version = "0.1.0"
-description = "$name, a method for effbench"
-readme = "README.md"
-requires-python = ">=3.11"
-dependencies = ["effbench"]
-
-[project.optional-dependencies]
-test = ["pytest"]
-
-# Every file of the package whose name does not start with "_" is a method, named as the file.
-[project.entry-points."effbench.methods"]
-$name = "effbench_$name"
-
-[tool.setuptools]
-packages = ["effbench_$name"]
-""",
     "README.md": """\
 # $distribution
 

@@ -7,29 +7,7 @@ from itertools import product
 from pathlib import Path
 
 FILES = {
-    "pyproject.toml": """\
-[build-system]
-requires = ["setuptools>=77"]
-build-backend = "setuptools.build_meta"
-
-[project]
-name = "$distribution"
-version = "0.1.0"
-description = "$name, a task for effbench"
-readme = "README.md"
-requires-python = ">=3.11"
-dependencies = ["effbench"]
-
-[project.optional-dependencies]
-test = ["pytest"]
-
-# Every file of the package whose name does not start with "_" is a task, named as the file.
-[project.entry-points."effbench.tasks"]
-$name = "effbench_$name"
-
-[tool.setuptools]
-packages = ["effbench_$name"]
-
+    "pyproject.toml": """
 [tool.setuptools.package-data]
 effbench_$name = ["data/captions.csv", "data/images/*"]
 """,

@@ -320,7 +320,7 @@ def row(record: Record, arm: Arm) -> dict[str, Any]:
     )
     for name in ("test_speedup", "image_speedup", "train_speedup", "end_to_end_speedup", "method_speedup"):
         ratio = getattr(arm, name)
-        row |= _bounds(name, ratio) | {f"{name}_verdict": ratio and ratio.verdict}
+        row |= bounds(name, ratio) | {f"{name}_verdict": ratio and ratio.verdict}
     row |= dict(
         train_seconds=arm.train_time and arm.train_time.total,
         test_seconds=arm.test_time and arm.test_time.total,
@@ -346,12 +346,13 @@ def row(record: Record, arm: Arm) -> dict[str, Any]:
         tokens_last=arm.tokens[-1] if arm.tokens else None,
     )
     for name, metric in arm.metrics.items():
-        columns = _bounds(name, metric) | _bounds(f"{name}_lossiness", metric.lossiness) | {f"{name}_note": metric.note}
+        columns = bounds(name, metric) | bounds(f"{name}_lossiness", metric.lossiness) | {f"{name}_note": metric.note}
         row |= {column: value for column, value in columns.items() if column not in row}
     return row
 
 
-def _bounds(name: str, figure: Interval | MetricValue | None) -> dict[str, float | None]:
+def bounds(name: str, figure: Interval | MetricValue | None) -> dict[str, float | None]:
+    """A figure and its interval as columns of a row."""
     return {
         name: figure and figure.value,
         f"{name}_low": figure and figure.low,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from effbench.records import Interval, MetricValue
 from effbench.report import figures
 from effbench.report.markdown import clean
 from effbench.report.standings import Section, Standing, made
+from effbench.store import bounds
 
 SCHEMA = 1  # of leaderboard.json; columns may be added under one number, none is renamed or changes its meaning
 #: characters that begin a formula in a spreadsheet, as they are and in full width
@@ -46,9 +46,9 @@ def row(section: Section, standing: Standing) -> dict[str, Any]:
         error=arm.error,
         no_quality=arm.no_quality,
     )
-    found |= _figure("test_speedup", arm.test_speedup) | {"test_verdict": arm.test_speedup and arm.test_speedup.verdict}
+    found |= bounds("test_speedup", arm.test_speedup) | {"test_verdict": arm.test_speedup and arm.test_speedup.verdict}
     trained = arm.train_speedup if arm.train_time else None
-    found |= _figure("train_speedup", trained) | {"train_verdict": trained and trained.verdict}
+    found |= bounds("train_speedup", trained) | {"train_verdict": trained and trained.verdict}
     found |= dict(
         flops_dense=flops and flops.dense,
         flops_useful=flops and flops.useful,
@@ -63,7 +63,7 @@ def row(section: Section, standing: Standing) -> dict[str, Any]:
         unit=value and value.unit,
         higher_is_better=value and value.higher_is_better,
     )
-    found |= _figure("quality", value) | _figure("lossiness", value and value.lossiness)
+    found |= bounds("quality", value) | bounds("lossiness", value and value.lossiness)
     found |= dict(
         lossiness_note=value and value.note,
         no_loss=value and value.equivalent,
@@ -72,16 +72,8 @@ def row(section: Section, standing: Standing) -> dict[str, Any]:
         front_probability=standing.probability,
         below=" ".join(standing.below),
     )
-    found |= _figure("noise_floor", noise and noise.test_speedup) | {"command": record.provenance.command}
+    found |= bounds("noise_floor", noise and noise.test_speedup) | {"command": record.provenance.command}
     return found
-
-
-def _figure(name: str, figure: Interval | MetricValue | None) -> dict[str, float | None]:
-    return {
-        name: figure and figure.value,
-        f"{name}_low": figure and figure.low,
-        f"{name}_high": figure and figure.high,
-    }
 
 
 def cells(found: dict[str, Any]) -> list[Any]:
