@@ -7,33 +7,30 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, distribution
-from inspect import getdoc
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from effbench.conformance_declared import documentation, names_that_it_gives, parameter_ranges
 from effbench.conformance_model import IDENTITY, Bed, Trained, plan_of, seeded
 from effbench.errors import UsageError
 from effbench.examine import tokens_per_layer
 from effbench.measure.flops import flops_of
 from effbench.measure.structure import masked_tokens
-from effbench.method import PHASES, Method
+from effbench.method import Method
 from effbench.models.tower import view
 from effbench.outcomes import Fault, NotChecked
+from effbench.process_settings import process_settings, restored
 from effbench.records import Flops
-from effbench.registry import Entry, methods
-from effbench.spec import canonical, parse, valid, write
+from effbench.registry import Entry
+from effbench.spec import canonical
 
 SAME = 1e-5  # largest difference of what is the same, in float32; in half precision `NEAR`
 NEAR = 3e-2
-CLAIMS = ("tokens", "per image", "per batch", "random", "neighbours")
 
 
 class Case:
@@ -79,131 +76,6 @@ class Case:
         """Below which two results are the same: rounding in the precision that the model computes in."""
         low = any(t.is_floating_point() and t.itemsize < 4 for t in self.model.state_dict().values() if _is_plain(t))
         return NEAR if low else SAME
-
-
-# --- what a method says of itself
-
-
-def documentation(case: Case) -> str:
-    """Its class has a summary, its algorithm a source, every parameter a line of help, its package a README."""
-    cls = type(case.method)
-    missing = []
-    if not (cls.__dict__.get("__doc__") or "").strip() or (getdoc(cls) or "").startswith(f"{cls.__name__}("):
-        missing.append("a docstring of the class, whose first line lists show")
-    if not cls.source.strip():
-        missing.append("`source`, where the algorithm is published")
-    missing += [
-        f"help of the parameter {name}"
-        for name, field in cls.parameters().items()
-        if not str(field.metadata.get("help", "")).strip()
-    ]
-    try:
-        readme = distribution(case.entry.distribution).metadata.get_payload()
-    except PackageNotFoundError:
-        readme = None
-    if readme is not None and not str(readme).strip():
-        missing.append(f'a README of {case.entry.distribution} (readme = "README.md" in its pyproject.toml)')
-    if missing:
-        raise Fault(f"missing: {'; '.join(missing)}", "write it: people choose a method by what it says of itself")
-    return f"summary, source, help of {len(cls.parameters()) - 1} parameters" + ", README" * (readme is not None)
-
-
-def names_that_it_gives(case: Case) -> str:
-    """Conflicts, order, phases and claims name what there is; its spec and its controls' can be written and read."""
-    method = case.method
-    known, wrong = set(methods.names()), []
-    for what, given, allowed in (
-        ("conflicts", method.conflicts, known),
-        ("goes_before", method.goes_before, known),
-        ("phases", method.phases, PHASES),
-        ("default_phase", (method.default_phase,), method.phases),
-        ("claims", method.claims, CLAIMS),
-    ):
-        if isinstance(given, str):
-            raise Fault(f"{what} is the text {given!r}, not a tuple of names", f'write {what} = ("{given}",)')
-        wrong += [f"{what} names {name!r}" for name in given if name not in allowed]
-    if wrong:
-        raise Fault("; ".join(wrong), f"methods: effbench list methods; claims: {', '.join(CLAIMS)}")
-    controls = method.controls()
-    for each in (method, *controls.values()):
-        spec = canonical((each,))
-        if parse(spec) != (each,):
-            raise Fault(f"{spec} is read back as another method", "let every parameter be a field, made by param()")
-    judged = f", judged by {', '.join(controls)}" if controls else ""
-    return f"phase {method.phase} of {'/'.join(method.phases)}{judged}"
-
-
-def parameter_ranges(case: Case) -> str:
-    """The ends of each range are taken, what lies beyond is refused, before any work."""
-    cls, own_rules, tried = type(case.method), [], 0
-    bare = [name for name, field in cls.parameters().items() if name != "phase" and not _limited(cls, name, field)]
-    for name, field in cls.parameters().items():
-        if name == "phase":
-            continue
-        for value, within in _edges(field):
-            tried += 1
-            said = _refusal(case.method, name, value)
-            shown = f"{name}={write(value)}"
-            if within and said and "is not valid" in said:
-                raise Fault(f"{shown} lies in the declared range and is refused: {said}", "mend the range or the check")
-            if not within and not said:
-                raise Fault(
-                    f"{shown} is taken, but {name} takes {valid(cls, name)}",
-                    "if the class has a __post_init__, let it call super().__post_init__() first",
-                )
-            if within and said:
-                own_rules.append(shown)
-    rules = f"; refused by rules of its own beside the other parameters: {', '.join(own_rules)}" if own_rules else ""
-    unbound = f"; no limits declared: {', '.join(bare)}" if bare else ""
-    if not tried:
-        raise NotChecked(f"no parameter declares limits{unbound}")
-    return f"{tried} values at the ends and beyond{rules}{unbound}"
-
-
-def _limited(cls: type[Method], name: str, field: Any) -> bool:
-    limits = any(field.metadata.get(key) is not None for key in ("low", "high", "above", "choices"))
-    return limits or valid(cls, name).startswith("true or false")
-
-
-def _edges(field: Any) -> Iterator[tuple[Any, bool]]:
-    """Values at the ends of a parameter's range and beyond, and whether each lies within."""
-    limits = {key: field.metadata.get(key) for key in ("low", "high", "above", "choices")}
-    several = isinstance(field.default, tuple) or "tuple" in str(field.type)
-    for key, value, within in (
-        *(("choices", choice, True) for choice in limits["choices"] or ()),
-        *(("choices", "no-such-choice", False) for _ in (limits["choices"] or ())[:1]),
-        ("low", limits["low"], True),
-        ("low", _beyond(limits["low"], -1), False),
-        ("above", limits["above"], False),
-        ("high", limits["high"], True),
-        ("high", _beyond(limits["high"], 1), False),
-    ):
-        if limits[key] is not None:
-            yield (value,) if several and not isinstance(value, tuple) else value, within
-
-
-def _beyond(limit: float | None, way: int) -> float | None:
-    return None if limit is None else limit + way * max(1, abs(limit))
-
-
-def _refusal(method: Method, name: str, value: Any) -> str:
-    """What a method says to a value; empty where it takes it."""
-    try:
-        type(method)(**_values(method) | {name: value})
-    except UsageError as refused:
-        return str(refused)
-    except TypeError as error:
-        if "unexpected keyword" in str(error):
-            raise Fault(
-                f"{name} cannot be given: {error}", "decorate the class with @dataclass(frozen=True)"
-            ) from error
-        raise
-    return ""
-
-
-def _values(method: Method) -> dict[str, Any]:
-    values = {field.name: getattr(method, field.name) for field in fields(method) if field.init}
-    return values if method.phase != method.natural_phase() else values | dict(phase="")
 
 
 # --- what it does to a model
@@ -472,7 +344,7 @@ def gradients_flow(case: Case) -> str:
 
 def global_state(case: Case) -> str:
     """Applying and running it leaves torch's settings, random seeds and the process as they were."""
-    before = _settings()
+    before = process_settings()
     ends = []
     for seed in (1, 2):
         with seeded(seed):
@@ -480,10 +352,7 @@ def global_state(case: Case) -> str:
             model = case.bed.tested(plan) if not case.trains else case.bed.trained(plan, steps=1).model
             ends.append(torch.get_rng_state())
         del model
-    after = _settings()
-    changed = [f"{name} from {before[name]} to {after[name]}" for name in before if before[name] != after[name]]
-    if changed:
-        _restore(before)
+    if changed := restored(before):
         raise Fault(
             f"it changes {'; '.join(changed)}", "other arms run in the same process: change your own model alone"
         )
@@ -511,32 +380,6 @@ def _random_after(case: Case, seed: int) -> Tensor:
     with torch.no_grad():
         bed.task.predict(model, bed.batch("test", (0, 1)))
     return torch.get_rng_state()
-
-
-def _settings() -> dict[str, Any]:
-    return {
-        "torch's default dtype": torch.get_default_dtype(),
-        "torch's default device": torch.get_default_device(),
-        "torch's number of threads": torch.get_num_threads(),
-        "gradient mode": torch.is_grad_enabled(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "float32 matmul precision": torch.get_float32_matmul_precision(),
-        "the fast path of attention": torch.backends.mha.get_fastpath_enabled(),
-        "cuDNN's benchmark": torch.backends.cudnn.benchmark,
-        "the folder": os.getcwd(),
-        "the recursion limit": sys.getrecursionlimit(),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-    }
-
-
-def _restore(settings: dict[str, Any]) -> None:
-    """Undo what a plugin changed, for the checks that follow."""
-    torch.set_default_dtype(settings["torch's default dtype"])
-    torch.set_default_device(settings["torch's default device"])
-    torch.set_num_threads(settings["torch's number of threads"])
-    torch.set_grad_enabled(settings["gradient mode"])
-    torch.use_deterministic_algorithms(settings["deterministic algorithms"])
-    torch.set_float32_matmul_precision(settings["float32 matmul precision"])
 
 
 CHECKS: tuple[Callable[[Case], str], ...] = (

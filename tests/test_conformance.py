@@ -11,6 +11,7 @@ from effbench.cli import main
 from effbench.conformance_model import alignment
 from effbench.outcomes import judge
 from effbench.plugin_check import check_task
+from effbench.process_settings import process_settings
 from effbench.registry import methods, tasks
 
 METHOD = '''
@@ -114,6 +115,8 @@ BROKEN = [
         "no gradient reaches the 2 parameters",
     ),
     ("global_state", source(edit="torch.set_num_threads(torch.get_num_threads() + 1)"), "number of threads"),
+    ("global_state", source(edit="torch.set_default_device('cpu')"), "default device from None to cpu"),
+    ("global_state", source(edit="torch.backends.mha.set_fastpath_enabled(False)"), "fast path of attention"),
     ("global_state", source(edit="torch.manual_seed(0)"), "it sets the seed"),
 ]
 
@@ -128,7 +131,9 @@ def test_each_check_catches_its_own_fault(distribution, bed, check, text, said):
     distribution("broken-dist", {"broken.py": text}, {"effbench.methods": {"broken": "broken"}})
     (entry,) = [entry for entry in methods.entries() if entry.name == "broken"]
     case = conformance.Case(entry, methods.get("broken")(), bed)
+    before = process_settings()
     (outcome,) = judge([getattr(conformance, check)], case, entry.file)
+    assert process_settings() == before
     assert outcome.result == "FAIL" and said in outcome.said and outcome.todo, outcome
 
 
