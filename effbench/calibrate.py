@@ -11,10 +11,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import re
 from collections import Counter
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from effbench import stats
 from effbench.datasets import cache_dir, cannot_write
 from effbench.records import Calibration, Finite, Seconds, Speedup, Text
+from effbench.whole_file import whole_file
 
 MAX_BYTES = 64 * 2**10  # of a calibration
 LOADED_UNTIL = 0.03  # half-width to be reached beside a busy process
@@ -173,12 +172,8 @@ class Log:
 
 
 def _write(final: Path, text: str) -> None:
-    temporary = final.with_name(f".{final.name}.{os.getpid()}")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(final)
+        with whole_file(final) as file:
+            file.write_text(text, encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise cannot_write(final, error) from error

@@ -8,6 +8,7 @@ Parquet schema carries `effbench.version`, `effbench.schema` (of the records) an
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -19,14 +20,14 @@ from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.records import SCHEMA_VERSION, Record
 from effbench.samples import TYPES as SAMPLES
 from effbench.samples import read_samples
+from effbench.spreadsheet import FORMULA, plain_cell
+from effbench.whole_file import whole_file
 
 if TYPE_CHECKING:
     import fsspec
     import pyarrow
 
 ENDINGS = (".parquet", ".csv")
-#: what a spreadsheet takes for the beginning of a formula
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
 TEXTS = "run task data backbone envelope run_status arm spec kind control phase status error"
 COUNTS = (
     "test_flops test_overhead_flops train_flops test_useful_flops test_analytic_flops test_low_bit_ops parameters "
@@ -173,33 +174,29 @@ def _chain(first: pyarrow.Table, others: Iterator[pyarrow.Table]) -> Iterator[py
 def _written(
     tables: Iterator[pyarrow.Table], schema: pyarrow.Schema, path: str, fs: fsspec.AbstractFileSystem | None
 ) -> int:
-    """Write to a file beside the final one (of a URL: to a temporary one), then move it there."""
-    folder = None if fs else Path(path).absolute().parent
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".effbench-", dir=folder)
-    os.close(handle)
-    try:
-        rows = 0
-        with _writer(path)(temporary, schema) as writer:
-            for table in tables:
-                writer.write_table(table if path.lower().endswith(".parquet") else _harmless(table))
-                rows += len(table)
-        if fs is not None:
-            try:
-                fs.makedirs(fs._parent(path), exist_ok=True)
-                fs.put_file(temporary, path)
-            except OSError:
-                raise
-            except Exception as error:
-                raise EffbenchError(f"{path} was not written: {type(error).__name__}: {error}") from error
-        else:
-            os.chmod(temporary, 0o644)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    """Write a local file, or a temporary one that is then put where the URL says; the number of rows."""
+    if fs is None:
+        with whole_file(Path(path).absolute()) as file:
+            return _fill(tables, schema, path, file)
+    with tempfile.TemporaryDirectory(prefix="effbench-") as folder:
+        rows = _fill(tables, schema, path, Path(folder) / "table")
+        try:
+            fs.makedirs(fs._parent(path), exist_ok=True)
+            fs.put_file(str(Path(folder) / "table"), path)
+        except OSError:
+            raise
+        except Exception as error:
+            raise EffbenchError(f"{path} was not written: {type(error).__name__}: {error}") from error
+    return rows
+
+
+def _fill(tables: Iterator[pyarrow.Table], schema: pyarrow.Schema, path: str, file: Path) -> int:
+    """Write the tables in the format that the path's ending names; the number of rows."""
+    rows = 0
+    with _writer(path)(str(file), schema) as writer:
+        for table in tables:
+            writer.write_table(table if path.lower().endswith(".parquet") else _harmless(table))
+            rows += len(table)
     return rows
 
 
@@ -218,9 +215,10 @@ def _harmless(table: pyarrow.Table) -> pyarrow.Table:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    formulas = f"^[{re.escape(''.join(FORMULA))}]"
     for place, field in enumerate(table.schema):
         if pa.types.is_string(field.type):
-            formula = pc.match_substring_regex(table[field.name], r"^[=+\-@\t\r]")
+            formula = pc.match_substring_regex(table[field.name], formulas)
             marked = pc.if_else(formula, pc.binary_join_element_wise("'", table[place], ""), table[place])
             table = table.set_column(place, field, marked)
-    return table.rename_columns([f"'{name}" if name.startswith(FORMULA) else name for name in table.column_names])
+    return table.rename_columns([*map(plain_cell, table.column_names)])

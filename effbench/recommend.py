@@ -27,7 +27,8 @@ from effbench.registry import did_you_mean
 from effbench.report import figures
 from effbench.report.bouts import LEAST_SEEDS, trained_apart
 from effbench.report.markdown import clean
-from effbench.report.standings import BLIND, Section, Standing, judged, made, sections
+from effbench.report.standings import BLIND, Section, Standing, judged, sections
+from effbench.store import created
 
 NAMED = 8  # names that an error lists
 
@@ -162,7 +163,7 @@ def recommend(
             digests[synthetic].add(section.digest)
     synthetic = not by_spec[False]
     found = [
-        Candidate(spec, tuple(sorted(some, key=lambda each: made(each.record), reverse=True)))
+        Candidate(spec, tuple(sorted(some, key=lambda each: created(each.record), reverse=True)))
         for spec, some in by_spec[synthetic].items()
     ]
     found.sort(key=lambda each: (-each.slowest.arm.test_speedup.low, each.spec))

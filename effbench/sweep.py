@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,6 +14,7 @@ from effbench import log_mlflow, store
 from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.sweep_file import BackboneEntry, Sweep, TaskEntry, read
 from effbench.terminal import say
+from effbench.whole_file import whole_file
 
 if TYPE_CHECKING:
     from effbench.live import Live
@@ -231,10 +231,8 @@ def _record(planned: Planned, *, out: Path, **how: Any) -> Record | None:
     found = dict(data=task.data, backbone=backbone.name, weights=backbone.weights, pretrained=backbone.pretrained)
     record = start.run(planned.specs, task.name, out=out, **found, **planned.options, **how)
     if record is not None:
-        note = out / ".sweeps" / planned.key
-        note.parent.mkdir(exist_ok=True)
-        note.with_suffix(".writing").write_text(record.id, encoding="utf-8")
-        os.replace(note.with_suffix(".writing"), note)
+        with whole_file(out / ".sweeps" / planned.key) as file:
+            file.write_text(record.id, encoding="utf-8")
     return record
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from effbench.terminal import say
+from effbench.whole_file import whole_file
 
 if TYPE_CHECKING:
     from effbench.report.plot_style import Drawn
@@ -102,17 +101,10 @@ def _write(folder: Path, name: str, drawn: Drawn, kind: str, section: Section) -
     for ending in makers if kind == "both" else [kind]:
         path = folder / f"{name}.{ending}"
         content = makers[ending](drawn.figure, title)
-        temporary = ""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=".plot-", dir=folder)
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            with whole_file(path) as file:
+                file.write_bytes(content)
         except OSError as error:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
             raise EffbenchError(f"{path} was not written: {error.strerror}", "choose another folder: --to") from error
         say(str(path))
     for note in drawn.notes:

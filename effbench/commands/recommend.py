@@ -152,7 +152,7 @@ def _evidence(candidate: Candidate) -> list[str]:
     """A line per envelope."""
     from effbench.report import figures
     from effbench.report.markdown import clean
-    from effbench.report.standings import made
+    from effbench.store import created
 
     lines = []
     for each in candidate.evidence:
@@ -160,8 +160,8 @@ def _evidence(candidate: Candidate) -> list[str]:
         where = f"{clean(envelope.task, 80)} ({clean(envelope.data, 80)}) on {clean(envelope.backbone, 80)}"
         beats = ", ".join(f"{control} {SAID.get(verdict, 'not shown')}" for control, verdict in each.against().items())
         lines.append(
-            f"{each.record.id[:15]} of {made(each.record):%Y-%m-%d}, {where}: {figures.ratio(each.arm.test_speedup)}, "
-            f"lossy-ness of {clean(each.record.primary_metric, 80)} {_loss(each)}; beats at its budget: {beats}"
+            f"{each.record.id[:15]} of {created(each.record):%Y-%m-%d}, {where}: "
+            f"{figures.ratio(each.arm.test_speedup)}, lossy-ness of {clean(each.record.primary_metric, 80)} {_loss(each)}; beats at its budget: {beats}"
         )
     return lines
 
@@ -217,7 +217,7 @@ def _json(answer: Answer, rated: list[Ratings] | None) -> dict[str, Any]:
 
 
 def _row(candidate: Candidate) -> dict[str, Any]:
-    from effbench.report.standings import made
+    from effbench.store import created
 
     def three(figure: Any) -> list[float]:
         return [figure.low, figure.value, figure.high]
@@ -228,7 +228,7 @@ def _row(candidate: Candidate) -> dict[str, Any]:
         evidence=[
             dict(
                 run=each.record.id,
-                created=made(each.record).isoformat(),
+                created=created(each.record).isoformat(),
                 envelope=each.digest,
                 task=each.record.envelope.task,
                 data=each.record.envelope.data,

@@ -9,8 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from effbench.report.legend import INTRODUCTION, LEGEND
 from effbench.report.markdown import escape
 from effbench.report.reading import briefs
 from effbench.report.standings import Group, Section, arrange, brief, section
+from effbench.whole_file import whole_file
 
 SECTIONS = 20  # envelopes that the page shows
 BYTES = 400_000  # of Markdown; GitHub shows no more than 512,000 of a file
@@ -69,19 +68,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         EffbenchError: it cannot be written.
     """
-    temporary = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            file.write_text(text, encoding="utf-8", newline="")
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         hint = "make sure that it is a folder with space left, or choose another --out; then run: effbench leaderboard"
         raise EffbenchError(f"the leaderboard {path} was not written: {error.strerror}", hint) from error
 

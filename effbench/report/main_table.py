@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from effbench.records import Arm, Flops
 from effbench.report import figures, verdicts
 from effbench.report.markdown import escape, table
-from effbench.report.standings import BLIND, Standing, made
+from effbench.report.standings import BLIND, Standing
 from effbench.report.tables import name
+from effbench.store import created
 
 NONE = figures.NONE
 METHODS = 12  # methods that are shown at once, beyond those on the front
@@ -37,7 +38,7 @@ def sources_of(arm: Arm) -> list[str]:
 
 
 def _age(row: Standing) -> tuple:
-    return made(row.record), row.record.id
+    return created(row.record), row.record.id
 
 
 def main_table(rows: list[Standing]) -> tuple[str, list[tuple[str, str]]]:

@@ -12,7 +12,8 @@ from typing import Any
 from effbench.records import Arm, Envelope, Interval, Record, TimeSplit
 from effbench.report import figures
 from effbench.report.markdown import clean
-from effbench.report.standings import Past, Section, Standing, key, made
+from effbench.report.standings import Past, Section, Standing, key
+from effbench.store import created
 
 NONE = figures.NONE
 #: heading, whether it sorts as a number, and what it means; the arm's name stands before these
@@ -153,7 +154,7 @@ def _run(record: Record) -> dict[str, Any]:
     steps = baseline.step_time.steps if baseline.step_time else 0
     return dict(
         id=record.id,
-        date=f"{made(record):%Y-%m-%d %H:%M}",
+        date=f"{created(record):%Y-%m-%d %H:%M}",
         command=clean(provenance.command, None),
         about=[clean(text, 300) for text in about if text],
         tokens=list(baseline.tokens[:LAYERS]),

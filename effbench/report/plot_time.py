@@ -10,7 +10,8 @@ from effbench.report import figures
 from effbench.report import plot_style as style
 from effbench.report.plot_style import Drawn
 from effbench.report.plot_text import LINE, SMALL, length, rows_of, wrapped
-from effbench.report.standings import Standing, key, made
+from effbench.report.standings import Standing, key
+from effbench.store import created
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +52,7 @@ def _draw(rows: Sequence[Standing], width: float) -> Drawn:
         raise InvalidError(
             "no time split to plot: no arm of these runs has timed steps", "measure one with --timing-pairs 30"
         )
-    newest = max((row.record for row in timed), key=lambda record: (made(record), record.id))
+    newest = max((row.record for row in timed), key=lambda record: (created(record), record.id))
     others = [row.arm for row in timed if row.record.id != newest.id and row.arm.kind != "baseline"]
     notes = style.left_out(others, f"since milliseconds of two runs do not compare, and these bars are of {newest.id}")
     place = {key(row.arm): i for i, row in enumerate(rows)}

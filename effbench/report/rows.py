@@ -6,12 +6,12 @@ from typing import Any
 
 from effbench.report import figures
 from effbench.report.markdown import clean
-from effbench.report.standings import Section, Standing, made
-from effbench.store import bounds
+from effbench.report.standings import Section, Standing
+from effbench.spreadsheet import plain_cell
+from effbench.store import bounds, created
 
 SCHEMA = 1  # of leaderboard.json; columns may be added under one number, none is renamed or changes its meaning
 #: characters that begin a formula in a spreadsheet, as they are and in full width
-FORMULA = tuple("=+-@|%\uff1d\uff0b\uff0d\uff20")
 
 
 def row(section: Section, standing: Standing) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def row(section: Section, standing: Standing) -> dict[str, Any]:
         device=envelope.device_model,
         threads=envelope.protocol.threads,
         run=record.id,
-        created=made(record).isoformat(),
+        created=created(record).isoformat(),
         runs=standing.count,
         arm=arm.name,
         spec=arm.spec,
@@ -84,6 +84,4 @@ def cells(found: dict[str, Any]) -> list[Any]:
 def _cell(value: Any) -> Any:
     if not isinstance(value, str):
         return "" if value is None else value
-    text = clean(value, None)
-    # spreadsheets run a cell that begins so, or show it by the letter of a command; the apostrophe marks plain text
-    return f"'{text}" if text.startswith(FORMULA) else text
+    return plain_cell(clean(value, None))

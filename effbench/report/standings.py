@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from effbench.records import Arm, Envelope, Interval, Record, Versus
 from effbench.report import figures, pareto
-from effbench.store import created as made
+from effbench.store import created
 
 #: blind controls that a method has to beat at its own budget, else it stands below the line
 BLIND = ("random", "resize")
@@ -111,12 +111,12 @@ def brief(record: Record, known: dict[str, tuple[str, Envelope]] | None = None) 
     Args:
         known: envelopes that were met before with their digests, so that equal ones are one object and hashed once.
     """
-    created = made(record)
+    when = created(record)
 
     def past(arm: Arm) -> Past:
         metric = arm.metrics.get(record.primary_metric)
         speed, loss = arm.test_speedup, metric and metric.lossiness
-        return Past(record.id, created, arm.status, *_bounds(speed), speed.verdict if speed else "", *_bounds(loss))
+        return Past(record.id, when, arm.status, *_bounds(speed), speed.verdict if speed else "", *_bounds(loss))
 
     why = None if record.status == "ok" else record.why_invalid
     arms = {key(arm): past(arm) for arm in record.arms}
@@ -124,7 +124,7 @@ def brief(record: Record, known: dict[str, tuple[str, Envelope]] | None = None) 
     if text not in known:
         known[text] = record.envelope.digest, record.envelope
     digest, envelope = known[text]
-    return Brief(record.id, created, envelope, digest, why, arms)
+    return Brief(record.id, when, envelope, digest, why, arms)
 
 
 def _bounds(figure: Interval | None) -> tuple[float | None, float | None, float | None]:
