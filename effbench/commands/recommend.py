@@ -161,7 +161,8 @@ def _evidence(candidate: Candidate) -> list[str]:
         beats = ", ".join(f"{control} {SAID.get(verdict, 'not shown')}" for control, verdict in each.against().items())
         lines.append(
             f"{each.record.id[:15]} of {created(each.record):%Y-%m-%d}, {where}: "
-            f"{figures.ratio(each.arm.test_speedup)}, lossy-ness of {clean(each.record.primary_metric, 80)} {_loss(each)}; beats at its budget: {beats}"
+            f"{figures.ratio(each.arm.test_speedup)}, "
+            f"lossy-ness of {clean(each.record.primary_metric, 80)} {_loss(each)}; beats at its budget: {beats}"
         )
     return lines
 
