@@ -25,10 +25,9 @@ from effbench.commands.plot import plot
 from effbench.commands.recommend import recommend
 from effbench.commands.run import exit_code, run
 from effbench.commands.sweep import sweep
-from effbench.errors import EffbenchError, InvalidError, UsageError
+from effbench.errors import EffbenchError, InvalidError, Stopped, UsageError
 from effbench.terminal import console, say, say_error
 
-INTERRUPTED = 130
 KEPT = "finished work is kept, and the same command goes on from there"
 
 
@@ -272,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
         if debug and not isinstance(error, SystemExit):
             traceback.print_exc()
         return _explain(error)
-    return _explain(KeyboardInterrupt()) if code == INTERRUPTED else code or 0
+    return _explain(KeyboardInterrupt()) if code == Stopped.exit_code else code or 0
 
 
 def _stop(*_: object) -> None:
@@ -294,7 +293,7 @@ def _explain(error: BaseException) -> int:
             return UsageError.exit_code
         case KeyboardInterrupt() | typer.Abort():
             say_error(f"stopped; {KEPT}")
-            return INTERRUPTED
+            return Stopped.exit_code
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             where = f" ({error.filename})" if error.filename else ""
             say_error(f"the disk is full{where}", f"make room; {KEPT}")

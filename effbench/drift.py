@@ -301,7 +301,8 @@ def _verdict(findings: list[Finding], runs: int, notes: list[str]) -> Outcome:
     changed = [finding for finding in findings if finding.verdict == "CHANGED"]
     if changed:
         cells = len({finding.cell for finding in changed})
-        said = f"{len(changed)} changes in {cells} cells; what is accepted is kept quiet with --since DAY"
+        count = f"{len(changed)} change{'s' * (len(changed) > 1)} in {cells} cell{'s' * (cells > 1)}"
+        said = f"{count}; what is accepted is kept quiet with --since DAY"
         return Outcome(TITLE, "CHANGED", said, tuple(findings), tuple(notes), 1)
     if not judged:
         said = f"no cell has {LEAST} runs that can be compared, so nothing could be told"

@@ -28,6 +28,12 @@ class DataNotFound(InvalidError):
     """No copy of a data set was found; the message lists the places that were looked at."""
 
 
+class Stopped(EffbenchError):
+    """The user or a scheduler stopped a command that keeps nothing of what it did."""
+
+    exit_code = 130  # 128 + SIGINT
+
+
 class UsageError(EffbenchError):
     """What was asked for cannot be: an unknown name, a value out of range, a combination that conflicts."""
 

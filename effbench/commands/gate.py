@@ -90,7 +90,7 @@ def gate(
     asked for cannot be. A run that is INVALID for its times is compared all the same.
     """
     from effbench.commands.gate_nightly import by_drift, by_times
-    from effbench.errors import EffbenchError, UsageError
+    from effbench.errors import EffbenchError, Stopped, UsageError
     from effbench.findings import refusal
     from effbench.measure.environment import cores
     from effbench.report import gate_report
@@ -118,7 +118,7 @@ def gate(
         if as_json:
             print(json.dumps(dict(verdict="INVALID", said=str(error), changes=[], notes=[]), indent=1))
         gate_report.publish(outcome, summary, junit, annotate)
-        if not annotate:
+        if not annotate or isinstance(error, Stopped):
             raise
         with gate_report.commands_stopped(True):  # on stdout: GitHub keeps the order within one stream only
             say(f"error: {error}\nnext:  {error.hint}")

@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effbench.errors import InvalidError, UsageError
+from effbench.errors import InvalidError, Stopped, UsageError
 from effbench.terminal import console, plain, say
 
 if TYPE_CHECKING:
@@ -27,8 +27,11 @@ def by_times(cells: Path | None, samples: Path | None, as_json: bool, **asked: A
     if samples is not None and not samples.absolute().parent.is_dir():
         raise UsageError(f"--samples {samples}: there is no such folder", "make it first")
     plan = nightly.Plan(cells=read(cells) if cells else default_cells(), **asked)
-    with Live() as live:
-        outcome, frame = nightly.run(plan, live)
+    try:
+        with Live() as live:
+            outcome, frame = nightly.run(plan, live)
+    except KeyboardInterrupt:
+        raise Stopped("stopped; a night is judged as a whole, and nothing of this one is kept") from None
     if samples is not None:
         try:
             frame.to_parquet(samples, index=False)

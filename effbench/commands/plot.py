@@ -68,27 +68,29 @@ def _section(out: Path, run: str | None) -> Section:
     """What is plotted: one record, or all of the newest envelope."""
     from effbench import store
     from effbench.errors import InvalidError
-    from effbench.report.standings import sections
+    from effbench.report.reading import briefs
+    from effbench.report.standings import arrange, section, sections
 
-    problems: list[str] = []
     if run is not None:
-        records = [store.read(store.find(out, run))]
-    else:
-        if not (out / "records").is_dir():
-            raise InvalidError(f"there are no runs in {out}", "make one with effbench run, or name the folder: --out")
-        records, problems = store.read_all(out)
+        record = store.read(store.find(out, run))
+        for only in sections([record]):
+            if only.rows:
+                return only
+        why = f": {record.why_invalid}" if record.why_invalid else ""
+        raise InvalidError(f"run {record.id} is INVALID{why}; its figures are not plotted")
+    if not (out / "records").is_dir():
+        raise InvalidError(f"there are no runs in {out}", "make one with effbench run, or name the folder: --out")
+    problems: list[str] = []
+    groups = arrange(briefs(out, problems))
     for problem in problems[:5]:
         say(f"left out: {problem}")
     if len(problems) > 5:
         say(f"left out: {len(problems) - 5} more records that cannot be read")
-    found = [section for section in sections(records) if section.rows]
-    if found:
-        return max(found, key=lambda section: section.newest)
-    if run is not None:
-        why = records[0].why_invalid
-        raise InvalidError(f"run {records[0].id} is INVALID{f': {why}' if why else ''}; its figures are not plotted")
+    valid = [group for group in groups if group.best]
+    if valid:
+        return section(max(valid, key=lambda group: group.newest), lambda name: store.member(out, name))
     hint = "make one: effbench run --method METHOD --task TASK"
-    raise InvalidError(f"no run in {out} is valid" if records else f"no run in {out} can be read", hint)
+    raise InvalidError(f"no run in {out} is valid" if groups else f"no run in {out} can be read", hint)
 
 
 def _write(folder: Path, name: str, drawn: Drawn, kind: str, section: Section) -> None:
