@@ -34,7 +34,7 @@ def documentation(case: Case) -> str:
         if not str(field.metadata.get("help", "")).strip()
     ]
     try:
-        readme = distribution(case.entry.distribution).metadata.get_payload()
+        readme = distribution(case.entry.distribution).metadata.get("Description", "")
     except PackageNotFoundError:
         readme = None
     if readme is not None and not str(readme).strip():
