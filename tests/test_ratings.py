@@ -52,7 +52,7 @@ def test_the_fit_is_the_maximum_that_another_optimiser_finds():
         half = (theta[first] - theta[second]) / 2
         logits = np.array([-half, np.full(len(half), x[-1]), half])
         terms = logits[outcome + 1, np.arange(len(half))] - np.log(np.exp(logits).sum(axis=0))
-        return -terms.sum() + (x**2).sum() / (2 * bradley_terry.PRIOR**2)
+        return -terms.sum() + (((theta - theta.mean()) ** 2).sum() + x[-1] ** 2) / (2 * bradley_terry.PRIOR**2)
 
     best = optimize.minimize(loss, np.zeros(5), method="BFGS", options=dict(gtol=1e-8)).x
     found = strengths(*data)
@@ -97,6 +97,16 @@ def test_the_anchor_is_zero_and_equals_stay_there():
     assert found.value[0] == found.low[0] == found.high[0] == 0 and found.low[1] < 0 < found.high[1]
     ties = strengths([1] * 9, [0] * 9, [0] * 9, np.arange(9))
     assert abs(ties.value[1]) < 1e-5 and ties.delta > 1 and ties.low[1] < -0.5 < 0.5 < ties.high[1]
+
+
+def test_the_choice_of_the_anchor_moves_all_strengths_alike():
+    losers = [(winner, loser, 1) for winner in (0, 1) for loser in range(2, 10)] + [(0, 1, 0)]
+    first, second, outcome = np.array(losers * 4).T
+    found = strengths(first, second, outcome, np.repeat(np.arange(4), len(losers)))
+    assert abs(found.value[1]) < 1e-5  # it did as the anchor did: few comparisons do not pull them apart
+    swapped = np.array([5, 1, 2, 3, 4, 0, 6, 7, 8, 9])  # arm 5, which lost, is the anchor
+    other = strengths(swapped[first], swapped[second], outcome, np.repeat(np.arange(4), len(losers)))
+    assert np.allclose(other.value[swapped] - found.value, -found.value[5], atol=1e-4)
 
 
 def test_an_arm_that_never_lost_is_finite_and_has_no_upper_end():
