@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from effbench.contradictions import contradiction
 from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.records import SCHEMA_VERSION, Arm, Interval, MetricValue, Record
 from effbench.samples import read_samples, write_samples
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import pandas
 
 MAX_RECORD_BYTES = 16 * 2**20
+RESTORE = "restore it from a copy, or leave it out"
 
 
 def write(record: Record, samples: pandas.DataFrame, root: Path) -> Path:
@@ -106,7 +108,10 @@ def _read(path: str, flags: int = 0) -> Record:
         raise InvalidError(f"{path} cannot be read: {error.strerror}", "list the runs: effbench list runs") from error
     if len(content) > MAX_RECORD_BYTES:
         raise InvalidError(f"{path} is larger than {MAX_RECORD_BYTES // 2**20} MiB: not a record")
-    return _parse(content, path)
+    record = _parse(content, path)
+    if said := contradiction(record):
+        raise InvalidError(f"{path} contradicts itself: {said}", RESTORE)
+    return record
 
 
 def read_all(root: Path) -> tuple[list[Record], list[str]]:
@@ -170,11 +175,12 @@ def member(root: Path, name: str) -> Record:
 def fingerprint(record: Record) -> bytes:
     """16 bytes that two records share only where one is a copy of the other, whatever its id.
 
-    They come from what no two runs have in common: the moment, and what clocks measured.
+    They come from what clocks measured, which no two runs have in common, but for the figures that a ranking uses: a
+    copy is known also where somebody changed its date or its speed-up.
     """
-    facts: list[Any] = [record.created, record.wall_time, record.lockstep_overhead]
+    facts: list[Any] = [record.wall_time, record.lockstep_overhead]
     for arm in record.arms:
-        facts += [arm.name, arm.test_time and arm.test_time.total, arm.test_speedup and arm.test_speedup.value]
+        facts += [arm.name, arm.test_time and arm.test_time.total]
     return hashlib.blake2b(repr(facts).encode(errors="replace"), digest_size=16).digest()
 
 
@@ -287,15 +293,15 @@ def _parse(content: bytes, name: str) -> Record:
             message = f"{name} was written by a newer effbench (schema {found}; this one reads {SCHEMA_VERSION})"
             raise InvalidError(message, "pip install --upgrade effbench") from None
         if first["type"] == "json_invalid":
-            raise InvalidError(f"{name} is truncated or not JSON: {first['msg']}", "restore or delete it") from None
+            raise InvalidError(f"{name} is truncated or not JSON: {first['msg']}", RESTORE) from None
         count = error.error_count()
         more = f" (and {count - 1} more)" if count > 1 else ""
         problem = f"{where}: {first['msg']}" if where else first["msg"]
-        raise InvalidError(f"{name} is not a record: {problem}{more}", "restore or delete it") from None
+        raise InvalidError(f"{name} is not a record: {problem}{more}", RESTORE) from None
     if sum(arm.kind == "baseline" for arm in record.arms) != 1:
-        raise InvalidError(f"{name} is not a record: it needs exactly one baseline arm", "restore or delete it")
+        raise InvalidError(f"{name} is not a record: it needs exactly one baseline arm", RESTORE)
     if len({arm.name for arm in record.arms}) != len(record.arms):
-        raise InvalidError(f"{name} is not a record: two arms have the same name", "restore or delete it")
+        raise InvalidError(f"{name} is not a record: two arms have the same name", RESTORE)
     return record
 
 

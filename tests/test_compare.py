@@ -316,7 +316,7 @@ def test_what_cannot_be_compared_is_said(board, capsys, tmp_path, monkeypatch, a
 
 
 def test_hostile_text_stays_text(board, capsys):
-    evil = make_arm(EVIL, EVIL, status="FAILED", error=EVIL)
+    evil = make_arm(EVIL, EVIL, status="FAILED", error=EVIL, metrics={})
     tampered = [record(name, arms=(evil,), envelope=dict(transform=f"{EVIL} {name}"))[0] for name in ("a1", "b1")]
     out = board(*((each, record()[1]) for each in tampered))
     for options in ((), ("--markdown",)):

@@ -15,7 +15,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
-from test_leaderboard import make_arm, make_record
+from test_leaderboard import BASELINE, make_arm, make_record
 
 from effbench import store
 from effbench.records import Interval, Memory, MetricValue, TimeSplit
@@ -29,7 +29,7 @@ EVIL = (
 
 def arm(name, ratio, loss, **changes):
     metric = MetricValue(
-        value=50 * (1 - loss),
+        value=BASELINE * (1 - loss),
         higher_is_better=True,
         lossiness=Interval(value=loss, low=loss - 0.01, high=loss + 0.01, n=1000),
     )

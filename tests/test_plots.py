@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from PIL import Image
-from test_leaderboard import EVIL, make_arm, make_record
+from test_leaderboard import BASELINE, EVIL, make_arm, make_record
 
 from effbench.cli import main
 from effbench.errors import InvalidError
@@ -297,7 +297,7 @@ def board(tmp_path):
 
 
 def test_the_command_writes_files_and_says_which(board, capsys):
-    good = make_record("20250105-new", 5, (arm("a", tokens=(197, 9)),))
+    good = make_record("20250105-new", 5, (arm("a", quality=0.9 * BASELINE, tokens=(197, 9)),))
     root = board(make_record("20250102-old", 2, epochs=1), good)
     (root / "records" / "20250103-bad").mkdir()
     (root / "records" / "20250103-bad" / "record.json").write_text('{"schema_version": 99}')

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 from scipy import optimize
-from test_leaderboard import EVIL, make_arm, make_record
+from test_leaderboard import BASELINE, EVIL, make_arm, make_record
 
 from effbench import bradley_terry
 from effbench.bradley_terry import strengths
@@ -147,9 +147,9 @@ def test_what_is_no_comparison_is_refused(first, outcome):
 def arm(spec, loss=0.0, speed=1.0, wide=0.004, spread=0.02, **changes):
     """An arm with a lossy-ness and a speed-up; `wide` and `spread` are half the widths of their intervals."""
     made = make_arm(spec, spec, **changes)
-    own = made.metrics["t2i_r10"].model_copy(
-        update=dict(lossiness=Interval(value=loss, low=loss - wide, high=loss + wide, n=1000), equivalent=False)
-    )
+    found = dict(lossiness=Interval(value=loss, low=loss - wide, high=loss + wide, n=1000), equivalent=False)
+    value = BASELINE * (1 - loss)
+    own = made.metrics["t2i_r10"].model_copy(update=found | dict(value=value, low=value - 1, high=value + 1))
     speed = Speedup(value=speed, low=speed - spread, high=speed + spread, n=30, verdict="AMBIGUOUS")
     return made.model_copy(update=dict(metrics=made.metrics | {"t2i_r10": own}, test_speedup=speed))
 

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from datetime import UTC, datetime
 
 import numpy as np
@@ -20,7 +21,8 @@ def make_record(name="run-1", **changes):
         metrics=("t2i_r10",), backbone="timm:tiny", weights="random", transform="resize 32",
         protocol=records.Protocol(), device_model="some CPU",
     )  # fmt: skip
-    baseline = records.Arm(name="baseline", spec="", kind="baseline", tokens=(197, 197))
+    plain = dict(t2i_r10=records.MetricValue(value=48.0 / 0.9, higher_is_better=True))
+    baseline = records.Arm(name="baseline", spec="", kind="baseline", tokens=(197, 197), metrics=plain)
     arm = records.Arm(
         name="token_prune",
         spec="token_prune:keep=0.5",
@@ -36,6 +38,7 @@ def make_record(name="run-1", **changes):
     fields = dict(
         id=name,
         created=datetime(2025, 1, 2, tzinfo=UTC),
+        lockstep_overhead=zlib.crc32(name.encode()) / 2**40,  # no two runs are alike in it
         primary_metric="t2i_r10",
         envelope=envelope,
         provenance=records.Provenance(command="effbench run"),
@@ -162,12 +165,52 @@ def test_records_come_oldest_first_and_a_renamed_copy_is_a_problem(tmp_path):
 
 
 def test_a_copy_under_another_id_is_named_and_counted_once(tmp_path):
-    store.write(make_record("first"), steps(), tmp_path)
-    store.write(make_record("second", notes=("edited by hand",)), steps(), tmp_path)
+    first = make_record("first", lockstep_overhead=0.01)
+    edited = dict(notes=("edited by hand",), created=datetime(2025, 3, 4, tzinfo=UTC))
+    store.write(first, steps(), tmp_path)
+    store.write(make_record("second", lockstep_overhead=0.01, **edited), steps(), tmp_path)
     store.write(make_record("third", lockstep_overhead=0.1), steps(), tmp_path)
     got, problems = store.read_all(tmp_path)
     assert [record.id for record in got] == ["first", "third"]
     assert len(problems) == 1 and "second is a copy: the same measurement as first" in problems[0]
+
+
+CONTRADICTIONS = {
+    "a speed-up of 1e+308": dict(test_speedup=records.Speedup(value=1e308, verdict="TOO FEW SAMPLES")),
+    "a speed-up of -1": dict(test_speedup=records.Speedup(value=-1, low=-2, high=-0.5, verdict="SLOWER")),
+    "the speed-up of 9.9 lies outside": dict(
+        test_speedup=records.Speedup(value=9.9, low=1, high=2, verdict="AMBIGUOUS")
+    ),
+    "is called FASTER": dict(test_speedup=records.Speedup(value=0.9, low=0.8, high=1.1, verdict="FASTER")),
+    "of the promised speed-up": dict(promised=2.0, realised=99.0),
+    "better than its best value, 100": dict(
+        metrics=dict(m=records.MetricValue(value=500, ceiling=100, higher_is_better=True))
+    ),
+    "lossy-ness of t2i_r10 of 0, where": dict(
+        metrics=dict(t2i_r10=records.MetricValue(value=3.7, higher_is_better=True, lossiness=records.Interval(value=0)))
+    ),
+    "as good as the baseline's": dict(
+        metrics=dict(
+            t2i_r10=records.MetricValue(
+                value=48, higher_is_better=True, lossiness=records.Interval(value=0.1), equivalent=True, margin=0.01
+            )
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("said", CONTRADICTIONS)
+def test_figures_that_contradict_each_other_are_no_record(tmp_path, said):
+    baseline, arm = make_record().arms
+    edited = make_record(arms=(baseline, arm.model_copy(update=CONTRADICTIONS[said])))
+    store.write(edited, steps(), tmp_path)
+    got, (problem,) = store.read_all(tmp_path)
+    assert not got and "contradicts itself: token_prune: " in problem and said in problem
+
+
+def test_a_record_of_a_day_to_come_is_none(tmp_path):
+    store.write(make_record(created=datetime(9999, 12, 31, tzinfo=UTC)), steps(), tmp_path)
+    assert "a day that is to come" in store.read_all(tmp_path)[1][0]
 
 
 def test_links_pipes_and_names_that_climb_are_not_followed(tmp_path):
