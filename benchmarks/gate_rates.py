@@ -87,7 +87,7 @@ def look(
             measured.append(Measured(seconds=seconds))
         found.append(measured)
     cells = [Cell(method=f"cell {place}") for place in places]
-    return Look(1, cells, ["twin" in sets[0][place] for place in places], found)
+    return Look(1, cells, found)
 
 
 def night(

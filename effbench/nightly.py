@@ -65,8 +65,12 @@ class Look:
 
     number: int
     cells: Sequence[Cell]
-    twins: Sequence[bool]
     sets: list[list[Measured]]
+    least: int = 1  # sets of processes
+
+    def twin(self, place: int) -> bool:
+        """Whether a twin of base took part in a cell."""
+        return all("twin" in each[place].seconds for each in self.sets)
 
     def error(self, place: int) -> str:
         """Why a cell cannot be judged; empty where it can."""
@@ -76,6 +80,10 @@ class Look:
                 return each.error
             if each.envelope != measured[0].envelope:
                 return "another envelope in another process: does the task or the backbone draw at random?"
+        if len(measured) < self.least:
+            return (
+                f"too few samples: {len(measured)} sets of processes, not {self.least}; allow more time with --budget"
+            )
         fewest = min(len(each.seconds["base"]) for each in measured)
         if fewest < stats.LEAST_TURNS:
             return (
@@ -87,16 +95,16 @@ class Look:
         """Of a cell without error, one per set of processes."""
         return [stats.effect(each[place].seconds["base"], each[place].seconds[role]) for each in self.sets]
 
-    def typical(self, place: int, role: str) -> float:
-        """Median seconds of a step over all processes."""
-        return float(np.median(np.concatenate([each[place].seconds[role] for each in self.sets])))
+    def typical(self, place: int) -> float:
+        """Seconds of a step of base: the median over the sets of processes of each one's median."""
+        return float(np.median([np.median(each[place].seconds["base"]) for each in self.sets]))
 
     def samples(self) -> list[tuple[Any, ...]]:
         """Rows of `COLUMNS`."""
         return [
-            (self.number, process, self.cells[place].name, twin, turn, role, spent)
+            (self.number, process, self.cells[place].name, "twin" in measured.seconds, turn, role, spent)
             for process, each in enumerate(self.sets)
-            for place, (measured, twin) in enumerate(zip(each, self.twins, strict=True))
+            for place, measured in enumerate(each)
             for role, taken in measured.seconds.items()
             for turn, spent in enumerate(taken)
         ]
@@ -145,10 +153,12 @@ def _look(
     title = "first look" if number == 1 else "measured again"
     title += f", {plan.processes} sets of processes"
     live.stage(title, len(cells) * plan.processes, "cells")
-    found = []
+    found: list[list[Measured]] = []
     roles = (("base", base), ("head", head), *([("twin", base)] if any(twins) else []))
     for process in range(plan.processes):
         left = (until - time.monotonic()) / (plan.processes - process)
+        if found and left <= 0:
+            break
         workers: list[Worker] = []
         try:
             for role, version in roles:
@@ -160,7 +170,7 @@ def _look(
         setting = dict(seed=plan.seed, device=plan.device, threads=plan.threads)
         timed = partial(_advance, live, process * len(cells))
         found.append(measure(workers, cells, twins, plan.turns, left, process, setting, timed))
-    return Look(number, cells, twins, found)
+    return Look(number, cells, found, min(plan.processes, stats.LEAST_PROCESSES))
 
 
 def _advance(live: Any, ahead: int, cells: int) -> None:
@@ -190,7 +200,7 @@ def judge(look: Look) -> Judged:
     """Estimate every cell of a look; flag those that seem to have changed."""
     errors = {place: error for place in range(len(look.cells)) if (error := look.error(place))}
     good = [place for place in range(len(look.cells)) if place not in errors]
-    twins = {place: look.effects(place, "twin") for place in good if look.twins[place]}
+    twins = {place: look.effects(place, "twin") for place in good if look.twin(place)}
     effects = {place: look.effects(place) for place in good}
     common = stats.spread([*effects.values(), *twins.values()])
     estimates = {place: stats.estimate(found, common) for place, found in effects.items()}
@@ -249,10 +259,16 @@ def conclude(
         if place in judged.errors:
             findings.append(Finding(cell.name, FIGURE, "INVALID", judged.errors[place]))
             continue
-        times = [f"{1000 * first.typical(place, role):.2f} ms" for role in ("base", "head")]
-        findings.append(_finding(cell.name, times, judged.estimates[place], second.get(place), floor))
+        estimate, before = judged.estimates[place], 1000 * first.typical(place)
+        times = f"{before:.2f} ms", f"{estimate.ratio * before:.2f} ms"  # what the paired turns say, at base's pace
+        if judged.invalid:
+            findings.append(Finding(cell.name, FIGURE, "NOTE", f"not judged: {_change(estimate)}", *times))
+        else:
+            findings.append(_finding(cell.name, times, estimate, second.get(place), floor))
     for place, each in judged.twins.items():
-        findings.append(Finding(first.cells[place].name, "base against base", "PASS", _change(each)))
+        said = f"not judged: {_change(each)}" if judged.invalid else _change(each)
+        verdict = "NOTE" if judged.invalid else "PASS"
+        findings.append(Finding(first.cells[place].name, "base against base", verdict, said))
     notes = [
         f"base: {versions[0].said}, {versions[0].commit}",
         f"head: {versions[1].said}, {versions[1].commit}",
@@ -264,7 +280,11 @@ def conclude(
             f"noise floor tonight: {100 * judged.floor:.2f} %; a change counts beyond "
             f"{100 * max(stats.MARGIN, judged.floor):.1f} %, either way, if it recurs in fresh processes"
         )
-    return _verdict(findings, judged.invalid, len(first.cells), tuple(notes))
+    invalid = judged.invalid
+    if beyond := [place for place, each in judged.estimates.items() if each.sure and each.beyond(2 * floor)]:
+        named = "; ".join(f"{first.cells[place].name} {_percent(judged.estimates[place])}" for place in beyond[:3])
+        invalid += f"; even so {len(beyond)} seem to have changed: {named}" if invalid else ""
+    return _verdict(findings, invalid, len(first.cells), tuple(notes))
 
 
 def _finding(
@@ -291,10 +311,11 @@ def _verdict(findings: list[Finding], invalid: str, cells: int, notes: tuple[str
         slower = sum(finding.said.startswith("SLOWER") for finding in changed)
         parts.append(f"{slower} of {cells} cells are SLOWER and {len(changed) - slower} FASTER than in base")
     if invalid or wrong:
-        said = [invalid] if invalid else []
+        said = []
         if wrong:
             worst = f"{wrong[0].cell}: {wrong[0].said}"
             said.append(f"{len(wrong)} of {cells} cells could not be judged, the first: {worst}")
+        said += [invalid] if invalid else []
         return Outcome(TITLE, "INVALID", "; ".join([*said, *parts]), tuple(findings), notes, InvalidError.exit_code)
     if changed:
         return Outcome(TITLE, "CHANGED", parts[0], tuple(findings), notes, 1)

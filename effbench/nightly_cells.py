@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from effbench.errors import UsageError
 
 MOST_BYTES, MOST_CELLS = 2**20, 200
+EXAMPLE = "e.g. cells: [{task: scenes, backbone: shipped:scenes_vit, method: token_prune:keep=0.5, batch: 16}]"
 
 
 class Cell(BaseModel):
@@ -79,11 +80,11 @@ def read(path: Path) -> list[Cell]:
         raise UsageError(f"--cells {path} cannot be read: {error.strerror}", "name a YAML file with cells") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
-        raise UsageError(f"--cells {path} is no YAML: {problem}", "see effbench/nightly_cells.py for one") from None
+        raise UsageError(f"--cells {path} is no YAML: {problem}", EXAMPLE) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise UsageError(f"--cells {path}: {where}: {first['msg']}", "see effbench/nightly_cells.py for one") from None
+        raise UsageError(f"--cells {path}: {where}: {first['msg']}", EXAMPLE) from None
     cells = [cell if cell.batch else cell.model_copy(update=dict(batch=found.batch)) for cell in found.cells]
     for index, cell in enumerate(cells):
         if cell in cells[:index]:

@@ -170,13 +170,16 @@ def measure(
             if "error" in found:
                 raise InvalidError(f"{worker.role} cannot run: {found['error']}", "choose another version")
         results = []
+        due = False
         for number, (cell, twin) in enumerate(zip(cells, twins, strict=True)):
-            results.append(_built(workers if twin else workers[:2], number, cell, setting))
-        for number, (result, twin) in enumerate(zip(results, twins, strict=True)):
+            due = due or twin
+            results.append(_built(workers if due else workers[:2], number, cell, setting))
+            due = due and bool(results[-1].error)  # where a cell cannot run, its twin goes to the next one
+        for number, result in enumerate(results):
             if not result.error:
                 left = sum(not each.error for each in results[number:])
                 until = time.monotonic() + (begun + seconds - time.monotonic()) / left
-                _take_turns(workers if twin else workers[:2], number, result, turns, until, shift, gap)
+                _take_turns(workers[: len(result.seconds)], number, result, turns, until, shift, gap)
             timed(number + 1)
         return results
     finally:

@@ -228,6 +228,26 @@ def test_what_cannot_be_judged_is_invalid_and_named(night, case, said):
     assert not outcome.of("CHANGED")
 
 
+def test_a_night_that_is_too_loud_passes_nothing_and_names_what_stands_out(night):
+    outcome, _ = night(sd=0.1, b=dict(head=30.0))
+    assert outcome.verdict == "INVALID" and {each.verdict for each in outcome.findings} == {"NOTE"}
+    assert "even so 1 seem to have changed: " in outcome.said and "/ b / batch 1 +" in outcome.said
+    assert told(outcome, "b").said.startswith("not judged: +")
+
+
+def test_a_twin_moves_on_from_a_cell_that_cannot_run(night):
+    outcome, samples = night(a=dict(error=dict(build="head")))
+    twins = samples[samples["role"] == "twin"]["cell"].str.split(" / ").str[2]
+    assert set(twins) == {"b", "d"} and "1 of 4 cells could not be judged, the first: " in outcome.said
+
+
+def test_the_times_that_are_shown_are_those_of_the_percentage(night):
+    outcome, _ = night(b=dict(head=[1.5, 1.5, 1.5]))
+    found = told(outcome, "b")
+    before, after = (float(text.removesuffix(" ms")) for text in (found.old, found.new))
+    assert f"{100 * (after / before - 1):+.0f}" == f"{float(found.said.split()[1]):+.0f}"
+
+
 def test_base_against_base_outside_its_band_is_invalid(night, monkeypatch):
     monkeypatch.setattr(nightly_stats, "LOUD", 9.0)
     outcome, _ = night(a=dict(twin=1.1))
