@@ -14,6 +14,7 @@ from string import Template
 from effbench import scaffold_method, scaffold_task
 from effbench.errors import EffbenchError, UsageError
 from effbench.registry import methods, tasks
+from effbench.spec import ALWAYS
 
 SETUPTOOLS = 77  # what the packages' pyproject.toml asks for
 
@@ -65,10 +66,12 @@ def write_task(name: str, to: Path) -> Path:
 
 
 def _write(kind: str, name: str, to: Path, files: dict[str, str]) -> Path:
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name) or keyword.iskeyword(name):
+    if not re.fullmatch(r"[a-z]([a-z0-9_]{0,38}[a-z0-9])?", name) or keyword.iskeyword(name):
         raise UsageError(
             f"{name[:60]!r} cannot name a {kind}", "use up to 40 lower-case letters, digits and _, e.g. half_depth"
         )
+    if name in ALWAYS:
+        raise UsageError(f"{name} is an arm of every run, and no {kind}", "choose another name")
     for other, registry in (("method", methods), ("task", tasks)):
         if name in registry.names():
             raise UsageError(f"there is a {other} {name} already", f"choose another name; effbench list {other}s")
@@ -78,7 +81,10 @@ def _write(kind: str, name: str, to: Path, files: dict[str, str]) -> Path:
     if folder.exists():
         raise UsageError(f"{folder} exists and is not overwritten", "choose another name or another folder with --to")
     files = files | {"pyproject.toml": PROJECT + files.get("pyproject.toml", "")}
-    words = {"kind": kind, "name": name, "title": name.title().replace("_", ""), "distribution": folder.name}
+    title = name.title().replace("_", "")
+    if keyword.iskeyword(title) or title in re.findall(r"\w+", "".join(files.values())):  # None; Data, which it imports
+        title += kind.title()
+    words = {"kind": kind, "name": name, "title": title, "distribution": folder.name}
     for path, text in files.items():
         file = folder / Template(path).substitute(words)
         file.parent.mkdir(parents=True, exist_ok=True)

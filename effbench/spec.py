@@ -9,15 +9,21 @@ value  = text; "/" separates the elements of a tuple; "none" is None
 
 from __future__ import annotations
 
+import inspect
 import math
+import traceback
 import types
 from collections.abc import Sequence
 from dataclasses import Field
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from effbench.errors import EffbenchError, UsageError
 from effbench.method import Method
 from effbench.registry import did_you_mean, methods
+
+#: arms of every run, which no method is called
+ALWAYS = ("baseline", "noop", "identity")
 
 
 def parse(text: str) -> tuple[Method, ...]:
@@ -158,6 +164,14 @@ def _parse_method(text: str) -> Method:
         return method(**values)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name}: {error}", hint) from error
+    except EffbenchError:
+        raise
+    except Exception as error:  # of a plugin's __post_init__
+        own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == inspect.getfile(method)]
+        where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+        raise EffbenchError(
+            f"method {name} cannot be made: {type(error).__name__}: {error}{where}", "mend it there, or its package"
+        ) from error
 
 
 def _write_method(method: Method) -> str:

@@ -25,7 +25,7 @@ from effbench.models.choose import choose
 from effbench.records import Captioning, Protocol, Record
 from effbench.registry import backbones
 from effbench.report.leaderboard import write_leaderboard
-from effbench.spec import canonical, parse
+from effbench.spec import ALWAYS, canonical, parse
 from effbench.terminal import console
 from effbench.timing import Stopping
 
@@ -113,7 +113,7 @@ def run(
     """
     started = time.monotonic()
     log_mlflow.check(log)
-    if added := {"baseline", "noop", "identity"} & set(methods):
+    if added := set(ALWAYS) & set(methods):
         raise UsageError(f"{added.pop()} is an arm of every run", "leave it out")
     if wrong := [spec for spec in methods if not isinstance(spec, str)]:
         hint = "register it (effbench new method NAME) and name it; effbench.apply takes methods as objects"

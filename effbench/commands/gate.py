@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 TIMES, DRIFT = "With --times", "With --drift"
 
 
+#: options that one kind of gate alone takes
+OF_TIMES = ("head", "cells", "pairs", "processes", "budget", "seed", "threads", "device", "samples")
+OF_DRIFT = ("since",)
+OF_RECORDS = ("run",)
+
+
 def gate(
     reference: Annotated[
         str | None,
@@ -77,6 +83,7 @@ def gate(
         str | None,
         typer.Option(metavar="DAY", help="Earlier changes are known, e.g. 2026-01-31.", rich_help_panel=DRIFT),
     ] = None,
+    context: typer.Context = None,
 ) -> int:
     """Check that what a run computes, keeps and gets right is as in a reference.
 
@@ -99,9 +106,14 @@ def gate(
         raise UsageError("--json and --annotations both write to stdout", "leave one out")
     if times and drift:
         raise UsageError("--times and --drift are two gates", "call them one after the other")
-    if reference is None and not drift:
-        hint = "--reference main" if times else "--reference tests/reference/scenes"
-        raise UsageError("a gate compares with something: --reference is missing", f"e.g. {hint}")
+    if context is not None:  # called by the command line
+        _check_options(context, times, drift)
+    if not reference and not drift:
+        hint, gone = "--reference main" if times else "--reference tests/reference/scenes", reference is None
+        raise UsageError(
+            f"a gate compares with something: --reference is {'missing' if gone else 'empty'}",
+            f"e.g. {hint}",
+        )
     annotate = annotations if annotations is not None else gate_report.on_github() and not as_json
     try:
         with gate_report.commands_stopped(annotate):
@@ -125,6 +137,20 @@ def gate(
         return error.exit_code
     gate_report.publish(outcome, summary, junit, annotate)
     return outcome.exit_code
+
+
+def _check_options(context: typer.Context, times: bool, drift: bool) -> None:
+    """Refuse an option that the gate that was asked for does not take, and would leave out in silence."""
+    from effbench.errors import UsageError
+
+    kind = "--times" if times else "--drift" if drift else "a gate on records"
+    others = [*(() if times else OF_TIMES), *(() if drift else OF_DRIFT), *(OF_RECORDS if times or drift else ())]
+    for name in others + ["reference"] * drift:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "RUN" if name == "run" else f"--{name}"
+            hint = "add --times" if name in OF_TIMES and not drift else "add --drift" if name in OF_DRIFT else ""
+            raise UsageError(f"{option} means nothing to {kind}", hint or "leave it out")
 
 
 def _against_a_record(reference: str, run: str, out: Path, as_json: bool) -> Outcome:
@@ -156,13 +182,17 @@ def _against_a_record(reference: str, run: str, out: Path, as_json: bool) -> Out
 def _record(out: Path, name: str) -> Path:
     """The file of a record: `name` is a path, or a run in `out`."""
     from effbench import store
+    from effbench.errors import UsageError
 
     path = Path(name)
     if path.is_dir():
         return path / "record.json"
     if path.is_file() or path.suffix == ".json" or len(path.parts) > 1:
         return path
-    return store.find(out, name) / "record.json"
+    try:
+        return store.find(out, name) / "record.json"
+    except UsageError as error:
+        raise UsageError(f"there is no folder or file {name}, and {error}", error.hint) from None
 
 
 def _renewal(reference: Path, run: Path) -> str:
