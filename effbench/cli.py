@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ from effbench.commands.sweep import sweep
 from effbench.errors import EffbenchError, InvalidError, Stopped, UsageError
 from effbench.terminal import console, say, say_error
 
+CLOSED_PIPE = 141  # 128 + SIGPIPE, as of other programs
 KEPT = "finished work is kept, and the same command goes on from there"
 
 
@@ -155,7 +157,11 @@ def leaderboard(out: Out = Path("leaderboard")) -> None:
 
     if not (out / "records").is_dir():
         raise InvalidError(f"there are no runs in {out}", "make one with effbench run, or name the folder with --out")
-    say(f"leaderboard: {write_leaderboard(out)}, as a page to sort and filter: {out / 'index.html'}")
+    problems: list[str] = []
+    page = write_leaderboard(out, problems)
+    if problems:
+        say(f"left out: {len(problems)} that cannot be read, all named in {page}; the first: {problems[0]}")
+    say(f"leaderboard: {page}, as a page to sort and filter: {out / 'index.html'}")
 
 
 @app.command(epilog=_examples("effbench show latest", "effbench show 20260102-flickr8k --out results"))
@@ -190,7 +196,7 @@ def list_(
     from effbench import listing
 
     if kind == "runs":
-        listing.runs(out, console())
+        listing.runs(out, console(least=100))
     elif name is not None:
         listing.detail(kind, name, console())
     else:
@@ -260,6 +266,9 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: what follows `effbench` on the command line; None for the process's own.
     """
     share_cores()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a letter gets a ?
     with suppress(ValueError):  # not in the main thread: then somebody else deals with signals
         signal.signal(signal.SIGTERM, _stop)
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -291,6 +300,8 @@ def _explain(error: BaseException) -> int:
                 command = context.command_path if context else "effbench"
                 say_error(message.replace("Value error, ", ""), f"{command} --help")
             return UsageError.exit_code
+        case SystemExit(__context__=BrokenPipeError()):  # what reads it has closed the pipe, as head does
+            return CLOSED_PIPE
         case KeyboardInterrupt() | typer.Abort():
             say_error(f"stopped; {KEPT}")
             return Stopped.exit_code

@@ -90,7 +90,7 @@ class Change:
         percent = ", ".join(f"{100 * (each - 1):+.1f}" for each in (self.low, self.high))
         step = "little by little between" if self.gradual else "between"
         return (
-            f"{how} by {100 * (self.ratio - 1):+.1f} % [{percent}] {step} {self.last.said} and {self.first.said}: "
+            f"{how}: speed-up {100 * (self.ratio - 1):+.1f} % [{percent}] {step} {self.last.said} and {self.first.said}: "
             f"{self.before.runs} runs before, {self.after.runs} after"
         )
 
@@ -239,7 +239,9 @@ def _speed(
     if not points:
         return
     if len(points) < LEAST:
-        yield Finding(name, figure, "NOTE", f"{len(points)} runs: at least {LEAST} are needed to tell a change")
+        yield Finding(
+            name, figure, "NOTE", f"{len(points)} run{'s' * (len(points) > 1)}, and {LEAST} are needed to tell a change"
+        )
         return
     found = changes(points, floor)
     for change in found:

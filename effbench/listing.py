@@ -104,7 +104,7 @@ def runs(root: Path, console: Console) -> None:
     if lines:
         console.print(table)
     for problem in problems:
-        console.print(Text(f"cannot be read: {plain(problem)}", "red"))
+        console.print(Text(f"left out: {plain(problem)}", "red"))
     if partial:
         _unfinished(partial, console)
 

@@ -40,6 +40,7 @@ class Evidence:
     arm: Arm
     record: Record
     digest: str
+    below: tuple[str, ...] = ()  # blind controls that it is not shown to beat: the leaderboard has it below the line
 
     @property
     def metric(self) -> MetricValue:
@@ -75,6 +76,11 @@ class Candidate:
         return max(self.evidence, key=lambda each: each.loss.high)
 
     @property
+    def below(self) -> list[str]:
+        """Blind controls that it is not shown to beat somewhere."""
+        return sorted({control for each in self.evidence for control in each.below})
+
+    @property
     def faster(self) -> bool:
         return all(each.arm.test_speedup.verdict == "FASTER" for each in self.evidence)
 
@@ -99,7 +105,8 @@ class Answer:
     """What to use.
 
     Args:
-        shown, likely: faster stacks within the bound, the best first; the first that is shown is the answer.
+        shown, likely: faster stacks within the bound, the best first, those below the line last; the first that is
+            shown is the answer.
         slow: stacks shown to be within the bound that are not shown to be faster.
         nearest: the faster stack that needs the lowest bound, where none is shown; None where no bound would help.
         synthetic: whether all this is of drawn data.
@@ -159,14 +166,14 @@ def recommend(
             if reason := _useless(row, section):
                 left_out[reason] += 1
                 continue
-            by_spec[synthetic][row.arm.spec].append(Evidence(row.arm, row.record, section.digest))
+            by_spec[synthetic][row.arm.spec].append(Evidence(row.arm, row.record, section.digest, row.below))
             digests[synthetic].add(section.digest)
     synthetic = not by_spec[False]
     found = [
         Candidate(spec, tuple(sorted(some, key=lambda each: created(each.record), reverse=True)))
         for spec, some in by_spec[synthetic].items()
     ]
-    found.sort(key=lambda each: (-each.slowest.arm.test_speedup.low, each.spec))
+    found.sort(key=lambda each: (bool(each.below), -each.slowest.arm.test_speedup.low, each.spec))
     faster = [each for each in found if each.faster]
     shown = [each for each in faster if each.within(bound) == "shown"]
     nearest = min((each for each in faster if each.sure), key=lambda each: each.needs, default=None)
@@ -329,6 +336,9 @@ def _cannot(best: Candidate, found: list[Candidate]) -> list[str]:
         found: all that it was chosen from.
     """
     said = []
+    if best.below:
+        beaten = " nor ".join(best.below)
+        said.append(f"not shown to beat {beaten} at the same budget: the leaderboard has it below the line")
     mixed = len({(e.record.envelope.task, e.record.envelope.backbone) for each in found for e in each.evidence})
     envelopes = [each.record.envelope for each in best.evidence]
     protocols = [envelope.protocol for envelope in envelopes]

@@ -5,5 +5,5 @@ FORMULA = tuple("=+-@|%\t\r\uff1d\uff0b\uff0d\uff20")
 
 
 def plain_cell(text: str) -> str:
-    """The text with an apostrophe before what would be a formula."""
-    return f"'{text}" if text.startswith(FORMULA) else text
+    """The text with an apostrophe before what would be a formula; the unit % is none."""
+    return f"'{text}" if text.startswith(FORMULA) and text != "%" else text

@@ -344,7 +344,7 @@ def row(record: Record, arm: Arm) -> dict[str, Any]:
         latency=next((timing.seconds for timing in arm.by_batch if timing.batch == 1), None),
         parameters=arm.parameters,
         weight_bytes=arm.weight_bytes,
-        disk_bytes=arm.disk_bytes,
+        disk_bytes=arm.disk_bytes or None,
         peak_bytes=arm.memory and arm.memory.run_peak,
         tensor_peak_bytes=arm.memory and arm.memory.tensor_peak,
         train_peak_bytes=arm.train_memory and arm.train_memory.tensor_peak,

@@ -14,12 +14,20 @@ if TYPE_CHECKING:
 WIDE = 160  # columns where no terminal sets a width: nothing is cut in a pipe
 
 
-def console(stderr: bool = False) -> Console:
-    """A rich console on stdout or stderr; it honours NO_COLOR and COLUMNS."""
+def console(stderr: bool = False, least: int = 0) -> Console:
+    """A rich console on stdout or stderr; it honours NO_COLOR and COLUMNS.
+
+    Args:
+        least: columns, for tables that would be unreadable in fewer: a narrow terminal wraps their lines.
+    """
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() or "COLUMNS" in os.environ else WIDE)
+    told = stream is None or stream.isatty() or "COLUMNS" in os.environ
+    found = Console(stderr=stderr, width=None if told else WIDE)
+    if found.width < least:
+        found.width = least
+    return found
 
 
 def plain(text: object) -> str:

@@ -303,7 +303,7 @@ def _print(found: Comparison, notes: list[str]) -> None:
 
     from effbench.report.markdown import clean
 
-    out = console()
+    out = console(least=100)
     for line in (*_heads(found), *_same(found)):
         say(clean(line, None))
     for block in _blocks(found):

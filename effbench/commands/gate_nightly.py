@@ -63,7 +63,7 @@ def _show(outcome: Outcome, as_json: bool) -> None:
         print(json.dumps(answer | dict(notes=outcome.notes), indent=1))
         return
     if outcome.findings:
-        console().print(_table(outcome))
+        console(least=100).print(_table(outcome))
     for note in outcome.notes:
         say(f"- {note}")
     say(f"{outcome.verdict}: {outcome.said}")

@@ -31,8 +31,11 @@ INDEX = 100  # envelopes that the list at the top names
 PROBLEMS = 20  # records that cannot be read, by name
 
 
-def write_leaderboard(root: Path) -> Path:
+def write_leaderboard(root: Path, problems: list[str] | None = None) -> Path:
     """Write the leaderboard from all records in `root/records`, each file atomically; the path of its README.md.
+
+    Args:
+        problems: gets a sentence for each record that is left out, which README.md and index.html name too.
 
     Raises:
         EffbenchError: the folder cannot be written.
@@ -40,8 +43,9 @@ def write_leaderboard(root: Path) -> Path:
     from effbench.report import html
 
     root = Path(root)
-    problems: list[str] = []
+    problems = [] if problems is None else problems
     groups = arrange(briefs(root, problems))
+    problems[:] = [each.replace(f"{root}/", "") for each in problems]  # files to publish name no path of a machine
     page, tables = Page(groups, problems), Tables()
 
     def read(name: str) -> Record:

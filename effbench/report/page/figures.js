@@ -119,15 +119,15 @@ function tokensByLayer(some) {
   const first = some[0].envelope.runs[some[0].run];
   const named = [["baseline", first.tokens, null], ...some.map((row, place) => [setting(row), row.tokens, place])];
   const traces = named.filter(([, tokens]) => tokens.length).map(([name, tokens, place]) => ({
-    type: "scatter", mode: "lines+markers", name: plain(short(name, 40)), x: tokens.map((_, i) => i + 1), y: tokens,
+    type: "scatter", mode: "lines+markers", name: plain(short(name, 40)), x: tokens.map((_, i) => i), y: tokens,
     line: { ...(place === null ? { color: colour("text"), dash: "dot", width: 3 } : lineOf(place)), shape: "hvh" },
     marker: { size: 6, symbol: place === null ? "circle-open" : SYMBOLS[place % SYMBOLS.length] },
-    hoverinfo: "text", hovertext: tokens.map((n, i) => lines(name, `layer ${i + 1}: ${n.toLocaleString("en")} tokens`)),
+    hoverinfo: "text", hovertext: tokens.map((n, i) => lines(name, `block ${i}: ${n.toLocaleString("en")} tokens`)),
   }));
   return {
     data: traces,
     layout: {
-      ...legendBelow(traces.length, 280), showlegend: true, xaxis: axis("layer of the image tower", { tickformat: "d" }),
+      ...legendBelow(traces.length, 280), showlegend: true, xaxis: axis("block of the image tower, from 0", { tickformat: "d" }),
       yaxis: axis("tokens", { rangemode: "tozero" }),
     },
     label: "Tokens that enter each layer of the image tower.",
