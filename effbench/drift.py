@@ -90,8 +90,8 @@ class Change:
         percent = ", ".join(f"{100 * (each - 1):+.1f}" for each in (self.low, self.high))
         step = "little by little between" if self.gradual else "between"
         return (
-            f"{how}: speed-up {100 * (self.ratio - 1):+.1f} % [{percent}] {step} {self.last.said} and {self.first.said}: "
-            f"{self.before.runs} runs before, {self.after.runs} after"
+            f"{how}: speed-up {100 * (self.ratio - 1):+.1f} % [{percent}] {step} {self.last.said} and "
+            f"{self.first.said}: {self.before.runs} runs before, {self.after.runs} after"
         )
 
 

@@ -29,7 +29,7 @@ def test_a_step_is_found_where_and_as_large_as_it_is():
     assert (found.last.run, found.first.run) == ("run11", "run12")
     assert found.low < 1.3 / 1.4 < found.high < 1 and found.ratio == pytest.approx(1.3 / 1.4, abs=0.01)
     assert found.before.value == pytest.approx(1.4, rel=0.01) and found.after.runs == 10
-    assert found.said.startswith("SLOWER by -") and "2026-01-12 (commit c000000011)" in found.said
+    assert found.said.startswith("SLOWER: speed-up -") and "2026-01-12 (commit c000000011)" in found.said
 
 
 def test_both_ways_and_several_steps():
