@@ -19,7 +19,7 @@ demo: install
 	@cat $(DEMO)/README.md
 
 test: install
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q --durations=15
 
 lint: install
 	$(BIN)/ruff check .
