@@ -281,9 +281,11 @@ def conclude(
             f"{100 * max(stats.MARGIN, judged.floor):.1f} %, either way, if it recurs in fresh processes"
         )
     invalid = judged.invalid
-    if beyond := [place for place, each in judged.estimates.items() if each.sure and each.beyond(2 * floor)]:
+    if invalid and judged.floor is not None:
+        threshold = max(stats.MARGIN, 2 * floor)
+        beyond = [place for place, each in judged.estimates.items() if each.sure and each.beyond(threshold)]
         named = "; ".join(f"{first.cells[place].name} {_percent(judged.estimates[place])}" for place in beyond[:3])
-        invalid += f"; even so {len(beyond)} seem to have changed: {named}" if invalid else ""
+        invalid += f"; even so {len(beyond)} of the cells stand out: {named}" if beyond else ""
     return _verdict(findings, invalid, len(first.cells), tuple(notes))
 
 

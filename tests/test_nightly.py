@@ -231,7 +231,7 @@ def test_what_cannot_be_judged_is_invalid_and_named(night, case, said):
 def test_a_night_that_is_too_loud_passes_nothing_and_names_what_stands_out(night):
     outcome, _ = night(sd=0.1, b=dict(head=30.0))
     assert outcome.verdict == "INVALID" and {each.verdict for each in outcome.findings} == {"NOTE"}
-    assert "even so 1 seem to have changed: " in outcome.said and "/ b / batch 1 +" in outcome.said
+    assert "even so 1 of the cells stand out: " in outcome.said and "/ b / batch 1 +" in outcome.said
     assert told(outcome, "b").said.startswith("not judged: +")
 
 
