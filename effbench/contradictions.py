@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 from effbench.records import Arm, Interval, MetricValue, Record, Speedup
@@ -21,65 +20,68 @@ def contradiction(record: Record) -> str:
     created = record.created if record.created.tzinfo else record.created.replace(tzinfo=UTC)
     if created > datetime.now(UTC) + SKEW:
         return f"it was made on {created:%Y-%m-%d}, a day that is to come"
-    baseline = record.baseline()
-    return next((f"{arm.name}: {said}" for arm in record.arms for said in _of_arm(arm, baseline)), "")
+    baseline = record.baseline().metrics
+    for arm in record.arms:
+        if said := _of_arm(arm, baseline):
+            return f"{arm.name}: {said}"
+    return ""
 
 
-def _of_arm(arm: Arm, baseline: Arm) -> Iterator[str]:
+def _of_arm(arm: Arm, baseline: dict[str, MetricValue]) -> str:
     if arm.test_speedup and arm.promised and arm.realised is not None:
         due = arm.test_speedup.value / arm.promised
         if not math.isclose(arm.realised, due, rel_tol=ROUNDING):
-            yield f"{arm.realised:.4g} of the promised speed-up realised, where its figures give {due:.4g}"
-    if arm.test_speedup:
-        yield from _of_speedup("speed-up", arm.test_speedup)
+            return f"{arm.realised:.4g} of the promised speed-up realised, where its figures give {due:.4g}"
+    if arm.test_speedup and (said := _of_speedup(arm.test_speedup)):
+        return said
     for each in arm.by_batch:
-        if each.speedup:
-            yield from _of_speedup(f"speed-up at batch {each.batch}", each.speedup)
+        if each.speedup and (said := _of_speedup(each.speedup)):
+            return f"at batch {each.batch} {said}"
     for each in arm.decoding:
-        for name in ("first_token_speedup", "per_token_speedup"):
-            if found := getattr(each, name):
-                yield from _of_speedup(f"{name} at batch {each.batch}", found)
+        for found in (each.first_token_speedup, each.per_token_speedup):
+            if found and (said := _of_speedup(found)):
+                return f"at batch {each.batch}, by token, {said}"
     for name, metric in arm.metrics.items():
-        yield from _of_metric(name, metric, baseline.metrics.get(name))
+        if said := _of_metric(name, metric, baseline.get(name)):
+            return said
+    return ""
 
 
-def _of_speedup(name: str, found: Speedup) -> Iterator[str]:
+def _of_speedup(found: Speedup) -> str:
     if not 0 < found.value <= FASTEST:
-        yield f"a {name} of {found.value:.4g}"
-    yield from _outside(name, found)
-    sure = found.low is not None and found.high is not None
-    if (
-        found.verdict == "FASTER"
-        and not (sure and found.low > 1)
-        or found.verdict == "SLOWER"
-        and not (sure and found.high < 1)
-    ):
-        yield f"the {name} is called {found.verdict}, which its interval does not show"
+        return f"a speed-up of {found.value:.4g}"
+    if _outside(found):
+        return f"the speed-up of {found.value:.4g} lies outside of its interval"
+    if found.verdict in ("FASTER", "SLOWER"):
+        low, high = found.low, found.high
+        if low is None or high is None or (low <= 1 if found.verdict == "FASTER" else high >= 1):
+            return f"the speed-up is called {found.verdict}, which its interval does not show"
+    return ""
 
 
-def _of_metric(name: str, found: MetricValue, baseline: MetricValue | None) -> Iterator[str]:
-    yield from _outside(name, found)
-    if found.ceiling is not None:
-        beyond = found.value - found.ceiling if found.higher_is_better else found.ceiling - found.value
-        if beyond > ROUNDING * max(1.0, abs(found.ceiling)):
-            yield f"{name} of {found.value:.4g} is better than its best value, {found.ceiling:.4g}"
-    loss = found.lossiness
+def _of_metric(name: str, found: MetricValue, baseline: MetricValue | None) -> str:
+    value, best, loss = found.value, found.ceiling, found.lossiness
+    if _outside(found):
+        return f"{name} of {value:.4g} lies outside of its interval"
+    if best is not None:
+        beyond = value - best if found.higher_is_better else best - value
+        if beyond > ROUNDING * max(1.0, abs(best)):
+            return f"{name} of {value:.4g} is better than its best value, {best:.4g}"
     if loss is None:
-        return
-    yield from _outside(f"lossy-ness of {name}", loss)
+        return ""
+    if _outside(loss):
+        return f"a lossy-ness of {name} of {loss.value:.4g} lies outside of its interval"
     if found.equivalent and found.margin is not None and abs(loss.value) > found.margin:
-        yield f"{name} is called as good as the baseline's at a lossy-ness of {loss.value:.4g}"
+        return f"{name} is called as good as the baseline's at a lossy-ness of {loss.value:.4g}"
     if baseline is None:
-        yield f"a lossy-ness of {name}, which the baseline does not have"
-    elif found.higher_is_better or len(found.by_seed) == 1:  # of several seeds the ratios' mean, where lower is better
-        best, own = (baseline, found) if found.higher_is_better else (found, baseline)
-        due = 1 - own.value / best.value if best.value else math.nan
+        return f"a lossy-ness of {name}, which the baseline does not have"
+    if found.higher_is_better or len(found.by_seed) == 1:  # of several seeds the ratios' mean, where lower is better
+        whole, part = (baseline.value, value) if found.higher_is_better else (value, baseline.value)
+        due = 1 - part / whole if whole else math.nan
         if not abs(due - loss.value) <= ROUNDING * max(1.0, abs(due)):
-            yield f"a lossy-ness of {name} of {loss.value:.4g}, where its values give {due:.4g}"
+            return f"a lossy-ness of {name} of {loss.value:.4g}, where its values give {due:.4g}"
+    return ""
 
 
-def _outside(name: str, found: Interval | MetricValue) -> Iterator[str]:
-    low = -math.inf if found.low is None else found.low
-    high = math.inf if found.high is None else found.high
-    if not low <= found.value <= high:
-        yield f"the {name} of {found.value:.4g} lies outside of its interval, {low:.4g} to {high:.4g}"
+def _outside(found: Interval | MetricValue) -> bool:
+    return (found.low is not None and found.value < found.low) or (found.high is not None and found.value > found.high)
