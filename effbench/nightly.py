@@ -260,7 +260,7 @@ def conclude(
             findings.append(Finding(cell.name, FIGURE, "INVALID", judged.errors[place]))
             continue
         estimate, before = judged.estimates[place], 1000 * first.typical(place)
-        times = f"{before:.2f} ms", f"{estimate.ratio * before:.2f} ms"  # what the paired turns say, at base's pace
+        times = f"{before:.3f} ms", f"{estimate.ratio * before:.3f} ms"  # what the paired turns say, at base's pace
         if judged.invalid:
             findings.append(Finding(cell.name, FIGURE, "NOTE", f"not judged: {_change(estimate)}", *times))
         else:
