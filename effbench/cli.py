@@ -226,7 +226,7 @@ def new_method(name: PluginName, to: To = Path("."), install: Install = True) ->
     """Write a package with a method that works, its test and its README, and install it."""
     from effbench.scaffold import write_method
 
-    _made("method", name, write_method(name, to), install, f"effbench run --method {name} --task scenes")
+    _made("method", name, write_method(name, to), install, f"effbench run --method {name} --task scenes --quick")
 
 
 @new.command("task", epilog=_examples("effbench new task my_photos", "effbench new task my_photos --no-install"))

@@ -70,7 +70,7 @@ def names_that_it_gives(case: Case) -> str:
 
 
 def parameter_ranges(case: Case) -> str:
-    """The ends of each range are taken, what lies beyond is refused, before any work."""
+    """What lies in each range is taken, at its ends and between; what lies beyond is refused, before any work."""
     cls, own_rules, tried = type(case.method), [], 0
     bare = [name for name, field in cls.parameters().items() if name != "phase" and not _limited(cls, name, field)]
     for name, field in cls.parameters().items():
@@ -93,7 +93,7 @@ def parameter_ranges(case: Case) -> str:
     unbound = f"; no limits declared: {', '.join(bare)}" if bare else ""
     if not tried:
         raise NotChecked(f"no parameter declares limits{unbound}")
-    return f"{tried} values at the ends and beyond{rules}{unbound}"
+    return f"{tried} values in the ranges and beyond{rules}{unbound}"
 
 
 def _limited(cls: type[Method], name: str, field: Any) -> bool:
@@ -102,7 +102,7 @@ def _limited(cls: type[Method], name: str, field: Any) -> bool:
 
 
 def _edges(field: Any) -> Iterator[tuple[Any, bool]]:
-    """Values at the ends of a parameter's range and beyond, and whether each lies within."""
+    """Values at the ends of a parameter's range, between and beyond, and whether each lies within."""
     limits = {key: field.metadata.get(key) for key in ("low", "high", "above", "choices")}
     several = isinstance(field.default, tuple) or "tuple" in str(field.type)
     for key, value, within in (
@@ -113,9 +113,21 @@ def _edges(field: Any) -> Iterator[tuple[Any, bool]]:
         ("above", limits["above"], False),
         ("high", limits["high"], True),
         ("high", _beyond(limits["high"], 1), False),
+        *(("high", value, True) for value in _between(limits, "float" not in str(field.type))),
     ):
         if limits[key] is not None:
             yield (value,) if several and not isinstance(value, tuple) else value, within
+
+
+def _between(limits: dict[str, Any], whole: bool) -> list[float]:
+    """A quarter, a half and three quarters of the way from one end to the other; or the whole numbers there."""
+    low = limits["low"] if limits["low"] is not None else limits["above"]
+    if low is None or limits["high"] is None:
+        return []
+    way = limits["high"] - low
+    if whole:
+        return sorted({low + way * part // 4 for part in (1, 2, 3)} - {low, limits["high"]})
+    return [low + way * part / 4 for part in (1, 2, 3)]
 
 
 def _beyond(limit: float | None, way: int) -> float | None:

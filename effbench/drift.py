@@ -203,6 +203,7 @@ def _envelope(digest: str, records: Sequence[Record], notes: list[str], since: d
     for record in records:
         for arm in record.arms:
             cells[arm.kind, arm.control, arm.spec, arm.phase].append((record, arm))
+    short: list[int] = []  # runs of each history that is too short to be judged
     for (kind, control, _, _), runs in cells.items():
         name = f"{title} / {clean(runs[-1][1].name)}"
         absent = len(records) - sum(arm.status == "ok" for _, arm in runs)
@@ -212,11 +213,21 @@ def _envelope(digest: str, records: Sequence[Record], notes: list[str], since: d
         if kind == "baseline" or control == "noop":
             continue
         for field, figure in SPEEDUPS.items():
-            yield from _speed(name, field, figure, runs, floor, since)
+            yield from _speed(name, field, figure, runs, floor, since, short)
+    if short:
+        few = " to ".join(map(str, sorted({min(short), max(short)})))
+        said = f"{few} run{'s' * (max(short) > 1)} of each, and {LEAST} are needed to tell a change"
+        yield Finding(f"{title} / {len(short)} histories", "speed-ups", "NOTE", said)
 
 
 def _speed(
-    name: str, field: str, figure: str, runs: Sequence[tuple[Record, Arm]], floor: float, since: date | None
+    name: str,
+    field: str,
+    figure: str,
+    runs: Sequence[tuple[Record, Arm]],
+    floor: float,
+    since: date | None,
+    short: list[int],
 ) -> Iterator[Finding]:
     points, repeated, impossible = [], 0, 0
     seen = set()
@@ -239,9 +250,7 @@ def _speed(
     if not points:
         return
     if len(points) < LEAST:
-        yield Finding(
-            name, figure, "NOTE", f"{len(points)} run{'s' * (len(points) > 1)}, and {LEAST} are needed to tell a change"
-        )
+        short.append(len(points))
         return
     found = changes(points, floor)
     for change in found:

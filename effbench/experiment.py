@@ -37,7 +37,7 @@ from effbench.lockstep import Arm, BatchChanged, Partial, Setting, kept_state
 from effbench.measure.clock import Clock
 from effbench.measure.energy import meter
 from effbench.measure.environment import device_model, provenance
-from effbench.measure.memory import process_peak
+from effbench.measure.memory import prepare, process_peak
 from effbench.passes import features, test, use_features
 from effbench.pixels import RULE
 from effbench.preflight import preflight
@@ -194,6 +194,8 @@ class Experiment:
             unfinished.note(folder, unfinished.About(**about))
             self._ground()
             journal = Journal(Checkpoint(folder / "checkpoint.pt", every), self, fresh)
+            if self.memory_runs:
+                prepare()
             # images are decoded here, under their own progress, not inside the first timed stage
             self.task.batch(self.prepared, "train", np.arange(1), None)
             trained, items = {}, {}

@@ -11,7 +11,7 @@ The method `$name` for effbench: keep every n-th patch token after one block.
     pip install -e '.[test]'
     pytest
     effbench check $name
-    effbench run --method $name --task scenes
+    effbench run --method $name --task scenes --quick    # a first look in about a minute; without --quick in three
 
 The method is `effbench_$name/$name.py`. What a method may do is told by effbench's `effbench/method.py`, and what it
 sees of a model by `effbench/models/tower.py` and `effbench/models/token_state.py`.

@@ -24,6 +24,7 @@ from effbench.measure.threads import threads as threads_of_torch
 from effbench.models.choose import choose
 from effbench.records import Captioning, Protocol, Record
 from effbench.registry import backbones
+from effbench.registry import methods as methods_known
 from effbench.report.leaderboard import write_leaderboard
 from effbench.spec import ALWAYS, canonical, parse
 from effbench.terminal import console
@@ -174,6 +175,10 @@ def run(
             live.note(
                 f"backbone: {tower}, weights {tower.origin['weights'] or tower.origin['pretrained'] or 'shipped'}"
             )
+            used = {type(method).__module__ for stack in stacks for method in stack}
+            for entry in methods_known.entries():
+                if entry.module in used and entry.distribution != "effbench":
+                    live.note(f"{entry.name} is from {entry.distribution}; effbench check {entry.name} tests it")
             if dry_run:
                 from effbench.dry_run import show
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from effbench.commands import given
 from effbench.quantities import duration
 from effbench.terminal import console, plain, say
 
@@ -146,8 +147,7 @@ def _check_options(context: typer.Context, times: bool, drift: bool) -> None:
     kind = "--times" if times else "--drift" if drift else "a gate on records"
     others = [*(() if times else OF_TIMES), *(() if drift else OF_DRIFT), *(OF_RECORDS if times or drift else ())]
     for name in others + ["reference"] * drift:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if name in given(context):
             option = "RUN" if name == "run" else f"--{name}"
             hint = "add --times" if name in OF_TIMES and not drift else "add --drift" if name in OF_DRIFT else ""
             raise UsageError(f"{option} means nothing to {kind}", hint or "leave it out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from effbench.commands import given
 from effbench.errors import UsageError
 from effbench.registry import presets
 from effbench.terminal import console
@@ -18,11 +19,10 @@ def run_preset(name: str, context: typer.Context) -> int:
     from effbench.commands.run import exit_code
 
     preset = presets.get(name.replace("-", "_"))()
-    sources = {key: context.get_parameter_source(key) for key in context.params if key != "preset"}
-    given = {key: context.params[key] for key, source in sources.items() if source and source.name == "COMMANDLINE"}
-    for key in given:
+    asked = {key: value for key, value in given(context).items() if key != "preset"}
+    for key in asked:
         if key not in preset.options:
             flags, own = (f"--{each.replace('_', '-')}" for each in (key, "preset"))
             others = ", ".join(f"--{each.replace('_', '-')}" for each in preset.options)
             raise UsageError(f"{own} {name} and {flags} exclude each other", f"beside the preset: {others}")
-    return max(map(exit_code, preset.run(console(), **given)), default=0)
+    return max(map(exit_code, preset.run(console(), **asked)), default=0)

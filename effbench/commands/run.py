@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from effbench.commands import given
 from effbench.commands.preset import run_preset
 from effbench.errors import InvalidError
 from effbench.quantities import duration, share
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 What, Training, Timing, Running = "What is compared", "Training", "Timing", "Running"
 Writing = "Captioning"
+#: what --quick asks for in place of the defaults
+QUICK = dict(data_share=0.25, epochs=4, batch_size=64, timing_pairs=10, memory_runs=1)
 
 
 def run(
@@ -197,6 +200,16 @@ def run(
     out: Annotated[
         Path, typer.Option(help="Folder of the leaderboard and its records.", rich_help_panel=Running)
     ] = Path("leaderboard"),
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="A first look: "
+            + ", ".join(f"--{k.replace('_', '-')} {v:g}" for k, v in QUICK.items())
+            + ", where not set.",
+            rich_help_panel=Running,
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run, its time and memory.", rich_help_panel=Running)
     ] = False,
@@ -220,9 +233,7 @@ def run(
     from effbench.report.show import print_record
     from effbench.start import run as run_experiment
 
-    record = run_experiment(
-        method or [],
-        task,
+    asked = dict(
         backbone=backbone,
         weights=weights,
         pretrained=pretrained,
@@ -270,6 +281,9 @@ def run(
         checkpoint_every=checkpoint_every,
         log=log,
     )
+    if quick:
+        asked |= {name: value for name, value in QUICK.items() if name not in given(context)}
+    record = run_experiment(method or [], task, **asked)
     if record is None:
         return 0
     print_record(record, console())

@@ -13,6 +13,7 @@ import ctypes
 import gc
 import io
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -20,7 +21,7 @@ import statistics
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -124,6 +125,14 @@ def unmeasurable() -> str:
     return ""
 
 
+def prepare() -> None:
+    """Have the server that forks the fresh processes import its libraries now, beside other work: it takes seconds."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_forkserver_preload(LIBRARIES)
+        with _without_main():
+            multiprocessing.forkserver.ensure_running()
+
+
 def _in_fresh_process(
     make_step: MakeStep, args: tuple[Any, ...], device: str, threads: int, timeout: float, start: str
 ) -> tuple[dict[str, int | None] | None, str]:
@@ -158,15 +167,22 @@ def _median(values: list[int | None]) -> int | None:
 
 
 def _start(process: Any) -> None:
-    """Start the process without multiprocessing's own `__main__`: it would run the user's script a second time."""
+    with _without_main():
+        try:
+            process.start()
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UsageError(
+                f"cannot be sent to a fresh process: {error}", "use functions of importable modules"
+            ) from error
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide `__main__` from multiprocessing, which would run the user's script a second time."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
-        process.start()
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"cannot be sent to a fresh process: {error}", "use functions of importable modules"
-        ) from error
+        yield
     finally:
         sys.modules["__main__"] = main
 
