@@ -255,7 +255,7 @@ def test_a_script_without_a_guard_and_ctrl_c(arms, tmp_path):
     assert command.stdout.readline().split() == ["started"]
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     command.send_signal(signal.SIGINT)
-    output, errors = command.communicate(timeout=30)
+    output, errors = command.communicate(timeout=120)
     assert output == "" and "KeyboardInterrupt" in errors
     assert not alive(int((tmp_path / "pid").read_text()))
 
