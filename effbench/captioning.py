@@ -336,6 +336,10 @@ class Captioning(Task):
         features = model.features(images)
         return features.bfloat16() if torch.is_autocast_enabled(images.device.type) else features
 
+    def weights(self, prepared, backbone):
+        known = prepared.decoder in ("", backbone.weights_id)  # made here, or part of a whole model
+        return backbone.weights_id if known else f"{backbone.weights_id}, decoder sha256:{prepared.decoder}"
+
     def locked(self, model):
         return [model.image_encoder]
 

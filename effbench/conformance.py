@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from effbench import randomness
 from effbench.conformance_declared import documentation, names_that_it_gives, parameter_ranges
 from effbench.conformance_model import IDENTITY, Bed, Trained, plan_of, seeded
 from effbench.errors import UsageError
@@ -345,41 +348,46 @@ def gradients_flow(case: Case) -> str:
 def global_state(case: Case) -> str:
     """Applying and running it leaves torch's settings, random seeds and the process as they were."""
     before = process_settings()
-    ends = []
-    for seed in (1, 2):
-        with seeded(seed):
-            plan = plan_of(case.method)
-            model = case.bed.tested(plan) if not case.trains else case.bed.trained(plan, steps=1).model
-            ends.append(torch.get_rng_state())
-        del model
+    with seeded(1):
+        plan = plan_of(case.method)
+        if case.trains:
+            case.bed.trained(plan, steps=1)
+        else:
+            case.bed.tested(plan)
     if changed := restored(before):
         raise Fault(
             f"it changes {'; '.join(changed)}", "other arms run in the same process: change your own model alone"
         )
     with seeded(1):
-        build = [_random_after(case, seed) for seed in (1, 2)]
-    if torch.equal(*build):
+        one, other = (_random_after(case, seed) for seed in (1, 2))
+    if fixed := [name for name in one if one[name] == other[name]]:
         raise Fault(
-            "it sets the seed: what it leaves of the random state does not depend on what was before",
+            f"it sets the seed of {' and '.join(fixed)}: the random state after it does not depend on that before it",
             "draw from a generator of your own: torch.Generator().manual_seed(0)",
         )
     return f"{len(before)} settings and the random state"
 
 
-def _random_after(case: Case, seed: int) -> Tensor:
-    """The random state after the method's hooks and one pass, begun from a seed that the harness does not set again."""
+def _random_after(case: Case, seed: int) -> dict[str, str]:
+    """The random states after the method's hooks and one pass, begun from a seed that the harness does not set again.
+
+    By generator, as text.
+    """
     bed, method = case.bed, case.method
     model = bed.tested(IDENTITY)
     seen = view(model)
     data = bed.calibration()
-    torch.manual_seed(seed)
+    randomness.seed_all(seed)
     method = method if method.phase == "test" else method.settle(seen, data)
     method.edit_model(seen)
     if method.phase == "test":
         method.finish(seen, data)
     with torch.no_grad():
         bed.task.predict(model, bed.batch("test", (0, 1)))
-    return torch.get_rng_state()
+    states = dict(
+        torch=torch.get_rng_state().tolist(), numpy=np.random.get_state(legacy=False), python=random.getstate()
+    )
+    return {name: repr(state) for name, state in states.items()}
 
 
 CHECKS: tuple[Callable[[Case], str], ...] = (

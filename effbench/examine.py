@@ -69,7 +69,7 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
         kernels=seen[0],
         structure=there,
         census=operations,
-        fingerprint=_fingerprint(experiment, arm.model),
+        fingerprint=_fingerprint(experiment, arm.model, training),
         decoding=_decoding(experiment, arm.model, batch, count, pairs),
     )
     if training is not None:
@@ -84,16 +84,23 @@ def examine(experiment: Experiment, arm: Arm, training: Arm | None) -> tuple[dic
     return facts, _signatures(arm.model, task.parts(arm.model), count)
 
 
-def _fingerprint(experiment: Experiment, model: nn.Module) -> records.Fingerprint:
-    """Of what the model makes of the same few test images each time, all their texts with them."""
+def _fingerprint(experiment: Experiment, model: nn.Module, training: Arm | None) -> records.Fingerprint:
+    """Of what the model makes of the same few test images each time, all their texts with them.
+
+    And of what its frozen tower makes of them, on which no training has an influence.
+    """
     task, images = experiment.task, experiment.sizes["test"]
     rows = np.sort(np.random.default_rng(0).permutation(images)[:FROZEN])
     batch = experiment.setting.to_device(task.batch(experiment.prepared, "test", rows, None))
+    frozen = experiment.protocol.train == "locked" and (training is None or experiment.caches_features(training))
     outer = randomness.get_state()
     randomness.seed_all(0)  # a method may choose blindly
     try:
         with torch.inference_mode():
-            return fingerprint(task.look(model, batch), len(rows))
+            outputs = dict(task.look(model, batch))
+            if frozen and (features := task.frozen_features(model, batch["image"])) is not None:
+                outputs[records.FROZEN] = features
+            return fingerprint(outputs, len(rows))
     finally:
         randomness.set_state(outer)
 

@@ -158,7 +158,7 @@ class Experiment:
             captions={split: sum(len(e.captions) for e in examples) for split, examples in self.data.splits.items()},
             metrics=tuple(m.name for m in self.task.metrics(self.prepared, "test") if not m.optional),
             backbone=str(self.backbone),
-            weights=self.backbone.weights_id,
+            weights=self.task.weights(self.prepared, self.backbone),
             transform=f"{RULE} {self.protocol.image_size}px mean {self.backbone.mean} std {self.backbone.std}",
             protocol=self.protocol,
             device_model=device_model(self.protocol.device),

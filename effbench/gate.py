@@ -14,7 +14,7 @@ from typing import Any
 
 from effbench.errors import InvalidError
 from effbench.findings import Finding, Outcome
-from effbench.gate_quality import computed, quality
+from effbench.gate_quality import computed, computing, kind_of_device, quality
 from effbench.records import Arm, Envelope, Record
 from effbench.report.figures import by_layer
 from effbench.report.markdown import clean
@@ -163,8 +163,8 @@ def shown_beside(old: Any, new: Any) -> tuple[str, str]:
 
 def _compared(reference: Record, run: Record, old: Arm, new: Arm) -> Iterator[tuple[str, Any, Any, str, str]]:
     """Each figure of an arm: its name, both values, what is said, and PASS, CHANGED or NOTE."""
-    same_device = reference.envelope.protocol.device == run.envelope.protocol.device
-    same_libraries = reference.provenance.versions == run.provenance.versions
+    same_device = kind_of_device(reference.envelope.protocol) == kind_of_device(run.envelope.protocol)
+    same_libraries = computing(reference.provenance) == computing(run.provenance)
     for (figure, was), (_, now) in zip(_figures(old), _figures(new), strict=True):
         if was is None:
             if now is not None:
@@ -182,7 +182,8 @@ def _compared(reference: Record, run: Record, old: Arm, new: Arm) -> Iterator[tu
 
 def _same_question(reference: Envelope, run: Envelope) -> None:
     """Refuse another envelope, naming every field that differs and that these figures depend on."""
-    ignored = MACHINE | (TRAINING if reference.protocol.train == "none" else set())
+    untrained = reference.protocol.train == "none" and reference.protocol.captioning is None
+    ignored = MACHINE | (TRAINING if untrained else set())
     pairs = [
         (name, getattr(reference, name), getattr(run, name))
         for name in Envelope.model_fields

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from effbench.records import Arm, Fingerprint, MetricValue, Record
+from effbench.records import FROZEN, Arm, Fingerprint, MetricValue, Protocol, Provenance, Record
 from effbench.report.markdown import clean
 
 #: relative distance of outputs that two platforms' rounding may make; measured on scenes: 7e-8 between 1 and 2 threads,
@@ -18,6 +18,7 @@ FLIPPED = 0.01
 FLIPPED_TRAINED = 0.1
 
 Row = tuple[str, Any, Any, str, str]
+Projections = dict[str, tuple[float, ...]]
 
 
 def computed(reference: Record, run: Record, old: Arm, new: Arm) -> Iterator[Row]:
@@ -34,7 +35,7 @@ def computed(reference: Record, run: Record, old: Arm, new: Arm) -> Iterator[Row
     if was.sha256 == now.sha256:
         yield "outputs", *names, "to the bit", "PASS"
         return
-    apart = distance(was, now)
+    apart = distance(was.vectors, now.vectors)
     said = "differ by more than can be said" if apart is None else f"differ by {100 * apart:.2g} %"
     other = elsewhere(reference, run)
     if not other:
@@ -44,13 +45,28 @@ def computed(reference: Record, run: Record, old: Arm, new: Arm) -> Iterator[Row
     elif trained(reference):
         said += f"; {other}, and training multiplies what rounding makes: only quality is judged"
         yield "outputs", *names, said, "NOTE"
+        yield from _frozen(was, now, other)
     else:
         yield "outputs", *names, f"{said}; {other}: {100 * ROUNDING:g} % are allowed", "CHANGED"
+
+
+def _frozen(was: Fingerprint, now: Fingerprint, other: str) -> Iterator[Row]:
+    """What a frozen tower gives, which no training changes; nothing where the reference does not have it."""
+    vectors = [{name: found for name, found in each.vectors.items() if name == FROZEN} for each in (was, now)]
+    if not vectors[0]:
+        return
+    apart = distance(*vectors)
+    said = "differ by more than can be said" if apart is None else f"differ by {100 * apart:.2g} %"
+    same = apart is not None and apart <= ROUNDING
+    said += f"; {other}: {100 * ROUNDING:g} % are allowed"
+    yield "outputs of the frozen tower", None, None, said, "PASS" if same else "CHANGED"
 
 
 def quality(reference: Record, run: Record, old: Arm, new: Arm) -> Iterator[Row]:
     """Each metric of the test split: exact on the same platform and weights, within `tolerance` otherwise."""
     other, own = elsewhere(reference, run), trained(reference)
+    if not other and old.fingerprint and new.fingerprint and old.fingerprint.sha256 == new.fingerprint.sha256:
+        own = False  # trained to the same bits: what differs is how it was scored
     for name in dict.fromkeys([*old.metrics, *new.metrics]):
         was, now = old.metrics.get(name), new.metrics.get(name)
         if was is None:
@@ -105,8 +121,21 @@ def tolerance(metric: MetricValue, flipped: float, images: int) -> float | None:
 
 
 def trained(record: Record) -> bool:
-    """Whether an arm's weights come from a training within its run, its own or that of another arm."""
-    return record.envelope.protocol.train != "none" and record.envelope.protocol.epochs > 0
+    """Whether an arm's weights come from a training on its machine: its own, that of another arm, or of a base."""
+    protocol = record.envelope.protocol
+    if protocol.captioning is not None:  # even where no arm is trained, what all start from is
+        return protocol.epochs > 0 or bool(protocol.captioning.stages)
+    return protocol.train != "none" and protocol.epochs > 0
+
+
+def kind_of_device(protocol: Protocol) -> str:
+    """cpu or cuda; which of several GPUs it was is told by the device's model."""
+    return protocol.device.partition(":")[0]
+
+
+def computing(source: Provenance) -> dict[str, str]:
+    """Versions of the libraries that compute what a model gives."""
+    return {name: version for name, version in source.versions.items() if name not in ("pandas", "pyarrow", "scipy")}
 
 
 def elsewhere(reference: Record, run: Record) -> str:
@@ -116,26 +145,24 @@ def elsewhere(reference: Record, run: Record) -> str:
         protocol, source = record.envelope.protocol, record.provenance
         facts.append(
             {
-                "kind of device": protocol.device,
+                "kind of device": kind_of_device(protocol),
                 "device": record.envelope.device_model,
                 "number of threads": protocol.threads,
                 "processor's abilities": source.machine.get("cpu flags"),
                 "system": source.platform.partition("-")[0],
-                "set of library versions": source.versions,
+                "set of library versions": computing(source),
             }
         )
     differ = [name for name, was in facts[0].items() if was != facts[1][name]]
     return f"another {differ[0]}" if differ else ""
 
 
-def distance(one: Fingerprint, other: Fingerprint) -> float | None:
+def distance(one: Projections, other: Projections) -> float | None:
     """Largest relative distance of two models' outputs, estimated by their projections; None: not of one kind."""
-    if not one.vectors or {name: len(v) for name, v in one.vectors.items()} != {
-        name: len(v) for name, v in other.vectors.items()
-    }:
+    if not one or {name: len(v) for name, v in one.items()} != {name: len(v) for name, v in other.items()}:
         return None
     found = 0.0
-    for name, vector in one.vectors.items():
-        length, apart = math.hypot(*vector), math.dist(vector, other.vectors[name])
+    for name, vector in one.items():
+        length, apart = math.hypot(*vector), math.dist(vector, other[name])
         found = max(found, apart / length if length else math.inf if apart else 0.0)
     return found

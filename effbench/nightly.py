@@ -50,7 +50,7 @@ class Plan:
     reference: str
     cells: Sequence[Cell]
     head: str | None = None
-    turns: int = 40
+    turns: int = 80
     processes: int = 5
     budget: float = 900.0
     seed: int = 0
@@ -260,11 +260,11 @@ def conclude(
             findings.append(Finding(cell.name, FIGURE, "INVALID", judged.errors[place]))
             continue
         estimate, before = judged.estimates[place], 1000 * first.typical(place)
-        times = f"{before:.3f} ms", f"{estimate.ratio * before:.3f} ms"  # what the paired turns say, at base's pace
         if judged.invalid:
-            findings.append(Finding(cell.name, FIGURE, "NOTE", f"not judged: {_change(estimate)}", *times))
+            said = f"not judged: {_change(estimate)}"
+            findings.append(Finding(cell.name, FIGURE, "NOTE", said, *_times(before, estimate)))
         else:
-            findings.append(_finding(cell.name, times, estimate, second.get(place), floor))
+            findings.append(_finding(cell.name, before, estimate, second.get(place), floor))
     for place, each in judged.twins.items():
         said = f"not judged: {_change(each)}" if judged.invalid else _change(each)
         verdict = "NOTE" if judged.invalid else "PASS"
@@ -290,8 +290,10 @@ def conclude(
 
 
 def _finding(
-    cell: str, times: Sequence[str], first: Estimate, again: str | tuple[Estimate, Estimate] | None, floor: float
+    cell: str, before: float, first: Estimate, again: str | tuple[Estimate, Estimate] | None, floor: float
 ) -> Finding:
+    """What is said of a cell, of which a step of base takes `before` ms."""
+    times = _times(before, first)
     if again is None:
         return Finding(cell, FIGURE, "PASS", _change(first), *times)
     if isinstance(again, str):
@@ -300,9 +302,14 @@ def _finding(
     fresh, both = again
     if stats.recurs(first, fresh, both, floor):
         said = f"{both.direction}: {_change(both)}; at first {_percent(first)}, in fresh processes {_percent(fresh)}"
-        return Finding(cell, FIGURE, "CHANGED", said, *times)
+        return Finding(cell, FIGURE, "CHANGED", said, *_times(before, both))
     said = f"flagged at first with {_change(first)}, but did not recur in fresh processes: {_change(fresh)}"
     return Finding(cell, FIGURE, "NOTE", said, *times)
+
+
+def _times(before: float, found: Estimate) -> tuple[str, str]:
+    """Of a step in base, and in head as the paired turns have it."""
+    return f"{before:.3f} ms", f"{found.ratio * before:.3f} ms"
 
 
 def _verdict(findings: list[Finding], invalid: str, cells: int, notes: tuple[str, ...]) -> Outcome:

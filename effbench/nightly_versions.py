@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effbench.errors import EffbenchError, InvalidError, UsageError
+from effbench.errors import InvalidError, UsageError
 
 NO_PACKAGES = {"setup.py", "conftest.py", "noxfile.py"}
 
@@ -95,9 +95,8 @@ def _git(folder: Path, *arguments: str) -> str:
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, start_new_session=True
         )
     except FileNotFoundError:
-        raise EffbenchError(
-            "git is not installed", "install it: two code versions are compared by their commits"
-        ) from None
+        hint = "install it: two code versions are compared by their commits"
+        raise InvalidError("git is not installed", hint) from None
     except subprocess.CalledProcessError as error:
         said = " ".join(error.stderr.split())[-300:] or f"exit code {error.returncode}"
         raise UsageError(f"git {arguments[0]} failed in {folder}: {said}", "run it inside a git repository") from None
@@ -112,14 +111,16 @@ def _copy_changes(root: Path, home: Path) -> bool:
     """
     status = _git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--no-renames")
     names = [entry[3:] for entry in status.split("\0") if entry]
-    for name in names:
-        source, target = root / name, home / name
-        if source.is_file() or source.is_symlink():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            shutil.copy2(source, target, follow_symlinks=False)
-        elif not source.exists():
-            target.unlink(missing_ok=True)
+    there = [name for name in names if (root / name).is_symlink() or (root / name).is_file()]
+    for name in names:  # all of them first: a folder may stand where a file was, and a file where a folder was
+        if (home / name).is_symlink() or (home / name).is_file():
+            (home / name).unlink()
+    for name in there:
+        target = home / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root / name, target, follow_symlinks=False)
     return bool(names)
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 SCHEMA_VERSION = 2
+LEAST_SEEDS = 3  # of arms that were trained apart; fewer allow no claim about them
 
 Text = Annotated[str, Field(max_length=4000)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -109,7 +110,9 @@ class Envelope(Model):
     metrics: tuple[Text, ...]
     recall: Text = Field("ties count against the model", description="how ranks are defined")
     backbone: Text
-    weights: Text = Field(description="sha256 of the weights file, or `random` / a pretrained tag")
+    weights: Text = Field(
+        description="`sha256:` and 16 hex digits of the loaded state dict, `random`, or a pretrained tag"
+    )
     transform: Text
     protocol: Protocol
     device_model: Text
@@ -279,6 +282,9 @@ class Structure(Model):
     masked_tokens: bool = Field(False, description="fewer tokens are claimed or attended to, but none is removed")
 
 
+FROZEN = "frozen tower"  # of a fingerprint, the output that no training changes
+
+
 class Fingerprint(Model):
     """What a model computes on a few fixed test images, as few numbers (`effbench.measure.fingerprint`)."""
 
@@ -330,6 +336,11 @@ class MetricValue(Model):
     by_seed: tuple[Finite, ...] = ()
     margin: Finite | None = Field(None, description="lossy-ness below which two arms count as equal")
     equivalent: bool | None = Field(None, description="both one-sided tests at 5 % put |lossy-ness| below the margin")
+
+
+def in_interval(figure: Interval | MetricValue | None) -> bool:
+    """Whether a figure has an interval and lies in it; files may be edited by hand."""
+    return figure is not None and None not in (figure.low, figure.high) and figure.low <= figure.value <= figure.high
 
 
 class Versus(Model):

@@ -131,7 +131,8 @@ def _experiments(
     planned = []
     for start in range(0, len(fitting) or 1, most):
         arms = fitting[start : start + most]
-        facts = [task.name, found.data.name, found.data.fingerprint, str(tower), tower.weights_id, arms, options]
+        facts = [task.name, found.data.name, found.data.fingerprint, str(tower), found.task.weights(prepared, tower)]
+        facts += [arms, options]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         planned.append(Planned(task, backbone, options, arms, {} if start else left_out, key))
     return planned

@@ -265,6 +265,10 @@ class Task(ABC):
         """
         return None
 
+    def weights(self, prepared: Any, backbone: Any) -> str:
+        """What tells the weights that all arms start from: the backbone's, and those of what a task reads beside it."""
+        return backbone.weights_id
+
     def locked(self, model: nn.Module) -> list[nn.Module]:
         """The modules that `--train locked` freezes."""
         return []

@@ -101,7 +101,7 @@ def test_run_hands_over_every_parameter(cli, monkeypatch):
     from effbench.records import Captioning
 
     ours, theirs = inspect.signature(command).parameters, inspect.signature(experiment.run).parameters
-    beside = {"method", "preset", "context"}
+    beside = {"method", "preset", "context", "quick"}
     writing = {option.replace("-", "_") for option in experiment.CAPTIONING_OPTIONS.values()}
     assert set(experiment.CAPTIONING_OPTIONS) == set(Captioning.model_fields)
     assert {"methods", "captioning", *ours} - beside - writing == set(theirs) - {"live"} and writing <= set(ours)

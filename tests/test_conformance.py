@@ -117,7 +117,9 @@ BROKEN = [
     ("global_state", source(edit="torch.set_num_threads(torch.get_num_threads() + 1)"), "number of threads"),
     ("global_state", source(edit="torch.set_default_device('cpu')"), "default device from None to cpu"),
     ("global_state", source(edit="torch.backends.mha.set_fastpath_enabled(False)"), "fast path of attention"),
-    ("global_state", source(edit="torch.manual_seed(0)"), "it sets the seed"),
+    ("global_state", source(edit="torch.manual_seed(0)"), "it sets the seed of torch:"),
+    ("global_state", source(edit="__import__('numpy').random.seed(0)"), "it sets the seed of numpy:"),
+    ("global_state", source(edit="__import__('random').seed(0)"), "it sets the seed of python:"),
 ]
 
 

@@ -40,7 +40,7 @@ def test_projections_estimate_the_relative_distance(apart):
     for _ in range(40):
         outputs, noise = torch.randn(2, 8, 64, generator=generator, dtype=torch.float64)
         moved = outputs + apart * noise * outputs.norm() / noise.norm()
-        found = distance(fingerprint({"image": outputs}, 8), fingerprint({"image": moved}, 8))
+        found = distance(fingerprint({"image": outputs}, 8).vectors, fingerprint({"image": moved}, 8).vectors)
         ratios.append(found / apart)
     assert statistics.median(ratios) == pytest.approx(1, abs=0.15)
     assert 0.4 < min(ratios) and max(ratios) < 2.5
@@ -51,9 +51,9 @@ def test_what_is_not_finite_or_not_a_fraction():
     one = fingerprint(OUT, 8)
     for value in (math.nan, math.inf):
         lost = changed(image=OUT["image"].clone().fill_(value))
-        assert distance(one, lost) == 1 and lost.sha256 != one.sha256
+        assert distance(one.vectors, lost.vectors) == 1 and lost.sha256 != one.sha256
     ids = fingerprint({"ids": torch.arange(6)}, 2)
-    assert ids.vectors == {} and distance(ids, ids) is None
+    assert ids.vectors == {} and distance(ids.vectors, ids.vectors) is None
     assert [len(vector) for vector in one.vectors.values()] == [PROJECTIONS] * 2
 
 

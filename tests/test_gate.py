@@ -10,7 +10,7 @@ from effbench.commands.gate import gate
 from effbench.errors import InvalidError, UsageError
 from effbench.findings import refusal
 from effbench.gate import compare
-from effbench.records import Captioning, Fingerprint, Flops, Kernels, Structure
+from effbench.records import FROZEN, Captioning, Fingerprint, Flops, Kernels, Structure
 
 FACTS = dict(
     test_flops=Flops(dense=1_000_000, useful=900_000, overhead=5),
@@ -142,7 +142,11 @@ def test_quality_is_exact_where_nothing_was_trained_on_the_same_platform():
     assert set(told) == set(METRICS)
     worse = "-0.0208 %; worse; on the same platform and weights it must be equal"
     assert told["t2i_r10"] == ("CHANGED", worse) and told["t2i_medr"] == ("CHANGED", worse.replace("worse", "better"))
-    assert found(record("reference"), record(**few)) == {}  # it was trained: 0.67 = 1.5 sqrt(2 * 0.1) is allowed
+    assert set(found(record("reference"), record(**few))) == set(METRICS)  # trained to the same bits, and scored otherwise
+    few["fingerprint"] = None  # what was trained may differ by 0.67 = 1.5 sqrt(2 * 0.1)
+    assert found(record("reference", fingerprint=None), record(**few)) == {}
+    writes = dict(protocol=dict(train="none", captioning=Captioning()))  # its base was trained on the machine
+    assert found(record("reference", **writes, fingerprint=None), record(**writes, **few)) == {}
 
 
 @pytest.mark.parametrize(("train", "allowed"), [("none", 1.5 * 0.02**0.5), ("locked", 1.5 * 0.2**0.5)])
@@ -162,7 +166,7 @@ def test_one_image_may_change_and_no_interval_allows_no_judgement():
     assert gate_quality.tolerance(narrow, 0.01, 1000) == pytest.approx(0.1)
     assert gate_quality.tolerance(narrow.model_copy(update=dict(low=None, high=None)), 0.01, 1000) is None
     here = {name: each.model_copy(update=dict(low=None, high=None)) for name, each in make_arm().metrics.items()}
-    told = found(record("reference", metrics=here), record(quality=40.0))
+    told = found(record("reference", metrics=here, fingerprint=None), record(quality=40.0, fingerprint=None))
     assert {verdict for verdict, _ in told.values()} == {"NOTE"} and "no interval" in told["t2i_r10"][1]
 
 
@@ -183,6 +187,12 @@ def test_outputs_are_exact_here_and_nearly_so_elsewhere():
     there["protocol"] = dict(train="locked")
     verdict, said = found(record("reference"), record(**there, **other(1.1e-3)))["outputs"]
     assert verdict == "NOTE" and "only quality is judged" in said
+    there["protocol"] = dict(train="locked")
+    for apart, verdict in ((0.9e-3, None), (1.1e-3, "CHANGED")):
+        towers = [{"image": (3.0 + late, 4.0), FROZEN: (3.0 + 5 * late * apart, 4.0)} for late in (0, 1)]
+        one, other_ = (Fingerprint(sha256=each * 64, vectors=v) for each, v in zip("ab", towers, strict=True))
+        told = found(record("reference", fingerprint=one), record(**there, fingerprint=other_))
+        assert told["outputs"][0] == "NOTE" and told.get("outputs of the frozen tower", (None,))[0] == verdict
     for vectors in ({}, {"image": (1.0,)}, {"image": (0.0, 0.0), "text": (1.0, 0.0)}):
         broken = dict(fingerprint=Fingerprint(sha256="b" * 64, vectors=vectors))
         assert found(reference, record(**bare, **broken))["outputs"][0] == "CHANGED"
@@ -191,6 +201,10 @@ def test_outputs_are_exact_here_and_nearly_so_elsewhere():
 def test_operations_are_compared_where_the_libraries_are_the_same():
     more = dict(census={"aten::addmm": 61})
     assert found(record("reference"), record(**more))["operations"][0] == "CHANGED"
+    told = found(record("reference"), record(**more, provenance=dict(versions={"pandas": "9"})))
+    assert told["operations"][0] == "CHANGED"  # what computes is the same
+    told = found(record("reference"), record(**more, protocol=dict(device="cpu:0")))
+    assert told["operations"][0] == "CHANGED"
     told = found(record("reference"), record(**more, provenance=dict(versions={"torch": "3.0"})))
     assert told["operations"] == ("NOTE", "measured with another set of library versions, so not compared")
     change = next(f for f in compare(record("reference"), record(**more)).findings if f.verdict == "CHANGED")
@@ -232,6 +246,9 @@ def test_every_reason_is_named():
 def test_training_settings_do_not_matter_where_nothing_is_trained():
     old = record("reference", protocol=dict(train="none", epochs=3, batch_size=8))
     assert compare(old, record(protocol=dict(train="none"))).exit_code == 0
+    old = record("reference", protocol=dict(train="none", epochs=3, captioning=Captioning()))
+    with pytest.raises(InvalidError, match="epochs"):  # of the base that all arms start from
+        compare(old, record(protocol=dict(train="none", captioning=Captioning())))
 
 
 def test_arms_that_cannot_be_compared():
@@ -281,6 +298,7 @@ def test_json_of_what_cannot_be_compared(saved, capsys):
         gate("20250101-old", "20250102-new", root, as_json=True)
     answer = json.loads(capsys.readouterr().out)
     assert answer["verdict"] == "INVALID" and "task" in answer["said"]
+    assert [each["figure"] for each in answer["findings"]] == ["task"] and answer["notes"]
 
 
 def test_records_that_cannot_be_read(saved, tmp_path):

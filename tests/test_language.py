@@ -159,6 +159,8 @@ def test_an_experiment(folders, tmp_path):
     arms = {arm.name: arm for arm in record.arms}
     assert not any(arm.error for arm in arms.values())
     assert record.envelope.protocol.captioning.stages == ("align",)
+    tower, decoder = record.envelope.weights.split(", decoder ")  # another model in the same folder is another envelope
+    assert tower.startswith("sha256:") and decoder.startswith("sha256:")
     with pytest.raises(InvalidError, match="context of 64 has room for 58"):
         run(data, f"hf:{folders / 'gpt2'}", max_tokens=59)
     with pytest.raises(UsageError, match="--decoder-layers 2 is of the tiny decoder"):

@@ -117,7 +117,7 @@ def test_simulated_nights_are_silent_on_no_change_and_catch_five_per_cent():
 
 # a worker that measures nothing: its times come from a file, so that every case can be told in numbers
 STAND_IN = """
-import json, os, random, sys
+import json, os, random, sys, time
 role = os.environ["ROLE"]
 told = json.load(open(os.environ["STAND_IN"]))
 looks = os.environ["STAND_IN"] + "." + role
@@ -147,6 +147,8 @@ for line in sys.stdin:
             answer = {"error": "RuntimeError: boom"}
         elif case.get("error", {}).get("dies") == role:
             sys.exit("last words")
+        elif case.get("error", {}).get("hangs") == role:
+            time.sleep(60)
         else:
             answer = {"seconds": case.get("seconds", 0.03 * factors * 2.718 ** (shift + rng.gauss(0, 0.01)))}
     print(json.dumps(answer), flush=True)
@@ -267,6 +269,12 @@ def test_a_worker_that_dies_ends_the_night_with_its_last_words(night):
         night(b=dict(error=dict(dies="head")))
 
 
+def test_a_step_that_takes_too_long_ends_the_night(night, monkeypatch):
+    monkeypatch.setattr(nightly_turns, "STEP_S", 0.5)
+    with pytest.raises(InvalidError, match="the worker of head said nothing"):  # it would answer the next question
+        night(b=dict(error=dict(hangs="head")))
+
+
 def test_a_worker_that_hangs_or_floods_is_given_up(monkeypatch):
     def worker(code):
         return nightly_turns.Worker("head", [sys.executable, "-c", code], {})
@@ -320,6 +328,8 @@ def repository(tmp_path):
     )
     for name in ("__init__", "old", "gone"):
         (home / "mine" / f"{name}.py").write_text("x = 1\n")
+    (home / "data").mkdir()
+    (home / "data" / "one").write_text("x")
     (home / ".gitignore").write_text("*.log\n")
     git(home, "init", "-q")
     git(home, "add", "-A")
@@ -327,6 +337,10 @@ def repository(tmp_path):
     (home / "mine" / "old.py").write_text("x = 2\n")
     (home / "mine" / "new file.py").write_text("x = 3\n")
     (home / "mine" / "gone.py").unlink()
+    (home / "mine" / "gone.py").mkdir()  # a folder in its place, and a file in that of a folder
+    (home / "mine" / "gone.py" / "part.py").write_text("x = 4\n")
+    shutil.rmtree(home / "data")
+    (home / "data").write_text("x")
     (home / "big.log").write_text("x")
     return home
 
@@ -334,9 +348,10 @@ def repository(tmp_path):
 def test_versions_are_worktrees_and_the_checkout_is_left_alone(repository):
     before = (git(repository, "status", "--porcelain"), git(repository, "worktree", "list"))
     with checked_out(repository, "HEAD", None) as (base, head):
-        assert (base.home / "mine" / "old.py").read_text() == "x = 1\n" and (base.home / "mine" / "gone.py").exists()
+        assert (base.home / "mine" / "old.py").read_text() == "x = 1\n" and (base.home / "mine" / "gone.py").is_file()
         assert (head.home / "mine" / "old.py").read_text() == "x = 2\n"
-        assert (head.home / "mine" / "new file.py").exists() and not (head.home / "mine" / "gone.py").exists()
+        assert (head.home / "mine" / "new file.py").exists() and (head.home / "data").read_text() == "x"
+        assert (head.home / "mine" / "gone.py" / "part.py").read_text() == "x = 4\n"
         assert not (head.home / "big.log").exists()
         assert head.commit == base.commit + "-dirty" and "and changes" in head.said
         assert base.packages == ("mine",)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -91,12 +92,12 @@ def execute(path, folder, env, values=None, only=None):
     Returns:
         exit code, what was printed, the job summary, and the outputs by name.
     """
-    values, source = values or {}, load(path)
+    values, source = {"vars.DRIFT_SINCE": "", "inputs.reference": ""} | (values or {}), load(path)
     files = {name: folder / name.lower() for name in ("GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT")}
     for file in files.values():
         file.write_text("")
     outer = {key: value for key, value in os.environ.items() if not key.startswith("GITHUB_")}
-    outer |= {key: str(value) for key, value in source.get("env", {}).items()}
+    outer |= {key: resolve(value, values) for key, value in source.get("env", {}).items()}
     outer |= {key: str(file) for key, file in files.items()} | dict(GITHUB_ACTIONS="true", OMP_NUM_THREADS="1") | env
     outer["PATH"] = f"{Path(sys.executable).parent}:{outer['PATH']}"
     said = []
@@ -153,6 +154,71 @@ def test_the_check_of_a_pull_request_runs(checkout):
     suite = ET.parse(folder / "runs/gate/gate.xml").find("testsuite")
     assert int(suite.get("tests")) > 40 and suite.get("failures") == suite.get("errors") == "0"
     assert list((folder / "runs/gate/records").glob("*/record.json"))  # what is kept
+
+
+NIGHTLY = ROOT / ".github/workflows/nightly.yml"
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository whose first commit is two days old, and an effbench that writes down what it is asked.
+
+    Returns:
+        the folder; a function that commits and gives the hash; one that runs a night's step with an exit code of
+        `effbench gate` and gives the step's, and the base that was asked for.
+    """
+    tool = tmp_path / ".venv/bin/effbench"
+    tool.parent.mkdir(parents=True)
+    tool.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >asked\nexit "$(cat code)"\n')
+    tool.chmod(0o755)
+
+    def git(*arguments, **env):
+        names = ("-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false")
+        done = subprocess.run(["git", *names, *arguments], cwd=tmp_path, env=os.environ | env, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode().strip()
+
+    def commit(hours):
+        when = f"@{int(time.time() - 3600 * hours)} +0000"
+        git("commit", "-q", "--allow-empty", "-m", "x", GIT_COMMITTER_DATE=when, GIT_AUTHOR_DATE=when)
+        return git("rev-parse", "HEAD")
+
+    def step(exit_code, **values):
+        (tmp_path / "code").write_text(str(exit_code))
+        code, said, _, _ = execute(NIGHTLY, tmp_path, {}, values, only=["Step times"])
+        asked = (tmp_path / "asked").read_text().split("\n")
+        assert asked[:2] == ["gate", "--times"], said
+        return code, asked[2].removeprefix("--reference=")
+
+    git("init", "-q")
+    return tmp_path, commit, step
+
+
+def test_no_commit_falls_between_two_nights(repository):
+    folder, commit, step = repository
+    old, first = commit(48), commit(2)
+    judged = folder / "runs/history/judged"
+    assert step(2) == (2, old) and not judged.exists()  # INVALID: the next night looks at the same commits
+    assert step(0) == (0, old) and judged.read_text().strip() == first
+    second = commit(1)
+    assert step(3) == (3, first) and judged.read_text().strip() == first
+    assert step(1) == (1, first) and judged.read_text().strip() == second  # a change is told once
+    assert step(0, **{"inputs.reference": "v1"}) == (0, "v1")
+    judged.write_text("0" * 40)  # a commit that is gone
+    assert step(0) == (0, old)
+
+
+def test_a_night_adds_a_record_and_looks_back(checkout):
+    folder, env, _ = checkout
+    run = dict(RUN=f"{SMALL} --controls none --method {METHOD} --timing-pairs 3 --memory-runs 0")
+    for records in (1, 2):
+        code, said, summary, _ = execute(NIGHTLY, folder, env | run, only=["Tonight's record", "Drift"])
+        assert code == 0, said
+        assert len(list((folder / "runs/history/records").glob("*/record.json"))) == records
+        assert "8 are needed to tell a change" in summary
+    later = {"vars.DRIFT_SINCE": "no day"}
+    code, said, _, _ = execute(NIGHTLY, folder, env, later, only=["Drift"])
+    assert code == 3 and "--since" in said
 
 
 def test_the_action_says_what_changed(checkout):

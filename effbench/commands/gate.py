@@ -63,7 +63,7 @@ def gate(
     cells: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What to time, as YAML.", rich_help_panel=TIMES)
     ] = None,
-    pairs: Annotated[int, typer.Option(min=12, help="Turns of a cell, at most.", rich_help_panel=TIMES)] = 40,
+    pairs: Annotated[int, typer.Option(min=12, help="Turns of a cell, at most.", rich_help_panel=TIMES)] = 80,
     processes: Annotated[int, typer.Option(min=3, help="Sets of fresh processes.", rich_help_panel=TIMES)] = 5,
     budget: Annotated[
         float,
@@ -129,7 +129,8 @@ def gate(
     except EffbenchError as error:
         outcome = refusal("effbench gate", error)
         if as_json:
-            print(json.dumps(dict(verdict="INVALID", said=str(error), changes=[], notes=[]), indent=1))
+            found = dict(findings=[vars(finding) for finding in outcome.findings], notes=outcome.notes)
+            print(json.dumps(dict(verdict="INVALID", said=str(error), changes=[]) | found, indent=1))
         gate_report.publish(outcome, summary, junit, annotate)
         if not annotate or isinstance(error, Stopped):
             raise
