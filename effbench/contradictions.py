@@ -6,6 +6,7 @@ import math
 from datetime import UTC, datetime, timedelta
 
 from effbench.records import Arm, Interval, MetricValue, Record, Speedup
+from effbench.report.markdown import clean
 
 FASTEST = 1000.0  # times; no method is
 SKEW = timedelta(days=1)  # by which another machine's clock may be ahead
@@ -23,7 +24,7 @@ def contradiction(record: Record) -> str:
     baseline = record.baseline().metrics
     for arm in record.arms:
         if said := _of_arm(arm, baseline):
-            return f"{arm.name}: {said}"
+            return clean(f"{arm.name}: {said}", None)
     return ""
 
 

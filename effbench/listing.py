@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from effbench import registry
+from effbench.report.markdown import clean
 from effbench.terminal import plain
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def runs(root: Path, console: Console) -> None:
     from effbench.store import created, each
 
     problems: list[str] = []
-    lines = sorted((created(record), *_cells(record)) for record in each(root, problems))
+    lines = sorted(each(root, problems, lambda record: (created(record), *_cells(record))))
     partial = unfinished.runs(root)
     if not lines and not problems and not partial:
         console.print(Text(f"no run in {root}; make one: effbench run --method token_prune --task flickr8k"))
@@ -100,7 +101,7 @@ def runs(root: Path, console: Console) -> None:
     table = _table(f"runs in {root}", "id", "when", "task", "data", "backbone", "arms", "status")
     table.columns[0].no_wrap = True
     for _, *cells, status in lines:
-        table.add_row(*(Text(plain(cell)) for cell in cells), Text(status, "green" if status == "ok" else "red"))
+        table.add_row(*(Text(clean(cell, None)) for cell in cells), Text(status, "green" if status == "ok" else "red"))
     if lines:
         console.print(table)
     for problem in problems:

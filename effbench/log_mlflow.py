@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from effbench import store
 from effbench.errors import EffbenchError, UsageError
 from effbench.records import Arm, Record
-from effbench.report.markdown import clean
+from effbench.report.markdown import clean, command, span
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -86,7 +86,9 @@ def log(folder: Path) -> str:
     known = _known(client, experiment, record.id)
     if known:
         return f"{record.id} is there already, run {known} at {place}"
-    tags = _tags(record) | {"mlflow.source.type": "LOCAL", "mlflow.note.content": record.provenance.command}
+    again = command(record.provenance.command)
+    note = span(again, LONGEST_TAG // 2) if again else ""  # half of it: the backticks around it may be as long
+    tags = _tags(record) | {"mlflow.source.type": "LOCAL", "mlflow.note.content": note}
     parent = _run(client, experiment, record, record.id, _params(record), _totals(record), tags)
     try:
         client.log_artifact(parent, str(folder / "record.json"))

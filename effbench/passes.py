@@ -191,7 +191,8 @@ def test(
     items = {}
     for name, found in outputs.items():
         items[name] = _stored(task.score(prepared, "test", found))
-        setting.live.advance(len(items))
+        if task.writes:
+            setting.live.advance(len(items))
     first = seed == setting.protocol.seeds[0]
     answers = {
         name: [answer.model_dump() for answer in task.examples(prepared, "test", found)]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from effbench.errors import InvalidError
-from effbench.records import Interval, MetricValue
+from effbench.records import LEAST_SEEDS, Interval, MetricValue
 from effbench.task import Items, Metric
 
 #: group weights that the bootstrap holds at once (32 MiB of float64)
@@ -16,7 +16,6 @@ CHUNK = 4_000_000
 MARGIN = 0.01  # lossy-ness below which two arms count as equal
 LEAST_IMAGES = 6  # fewer give no interval
 RESAMPLES = 2000  # of the bootstrap
-LEAST_SEEDS = 3  # of arms that were trained apart; fewer allow no claim of equality
 #: A ratio beyond this is no lossy-ness: no method makes a working baseline ten times better, so the baseline is broken
 MOST = 10.0
 

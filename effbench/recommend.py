@@ -14,7 +14,6 @@ go before drawn ones: where any stack was measured on real data, drawn data are 
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from functools import cached_property
 
 from effbench import quantities
 from effbench.errors import InvalidError, UsageError
-from effbench.records import Arm, Interval, MetricValue, Record
+from effbench.records import LEAST_SEEDS, Arm, Interval, MetricValue, Record, in_interval
 from effbench.registry import did_you_mean
 from effbench.report import figures
-from effbench.report.bouts import LEAST_SEEDS, trained_apart
+from effbench.report.bouts import trained_apart
 from effbench.report.markdown import clean
 from effbench.report.standings import BLIND, Section, Standing, judged, sections
 from effbench.store import created
@@ -168,7 +167,8 @@ def recommend(
                 continue
             by_spec[synthetic][row.arm.spec].append(Evidence(row.arm, row.record, section.digest, row.below))
             digests[synthetic].add(section.digest)
-    synthetic = not by_spec[False]
+    drawn_alone = all(record.envelope.synthetic for record in valid)
+    synthetic = not by_spec[False] and (bool(by_spec[True]) or drawn_alone)
     found = [
         Candidate(spec, tuple(sorted(some, key=lambda each: created(each.record), reverse=True)))
         for spec, some in by_spec[synthetic].items()
@@ -213,15 +213,6 @@ def kind(device: str) -> str:
     return device.partition(":")[0]
 
 
-def command(record: Record) -> str:
-    """The command that made a record, quoted so that a shell runs nothing else; empty where it is none of effbench."""
-    try:
-        words = shlex.split(clean(record.provenance.command, None))
-    except ValueError:
-        return ""
-    return shlex.join(words) if len(words) > 1 and words[0] == "effbench" else ""
-
-
 def _of_device(records: list[Record], device: str | None) -> tuple[list[Record], str]:
     kinds = sorted({kind(record.envelope.protocol.device) for record in records})
     if device is None and len(kinds) > 1:
@@ -261,16 +252,11 @@ def _useless(row: Standing, section: Section) -> str:
         return "random weights"
     if metric is None or metric.lossiness is None:
         return "no lossy-ness, as of a baseline at chance"
-    if not _ordered(metric.lossiness):
+    if not in_interval(metric.lossiness):
         return "lossy-ness without an interval"
-    if arm.test_speedup is None or not _ordered(arm.test_speedup) or arm.test_speedup.low <= 0:
+    if not in_interval(arm.test_speedup) or arm.test_speedup.low <= 0:
         return "speed-up without an interval"
     return ""
-
-
-def _ordered(figure: Interval) -> bool:
-    """Whether it has an interval and lies in it."""
-    return figure.low is not None and figure.high is not None and figure.low <= figure.value <= figure.high
 
 
 def _better(shown: list[Candidate]) -> list[str]:

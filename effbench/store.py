@@ -17,16 +17,18 @@ import shutil
 import stat
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
 from effbench.contradictions import contradiction
 from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.records import SCHEMA_VERSION, Arm, Interval, MetricValue, Record
+from effbench.report.markdown import clean
 from effbench.samples import read_samples, write_samples
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 MAX_RECORD_BYTES = 16 * 2**20
 RESTORE = "restore it from a copy, or leave it out"
+Found = TypeVar("Found")
 
 
 def write(record: Record, samples: pandas.DataFrame, root: Path) -> Path:
@@ -121,40 +124,56 @@ def read_all(root: Path) -> tuple[list[Record], list[str]]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        records = list(each(root, problems))
+        records = each(root, problems, lambda record: record)
     finally:
         if collecting:
             gc.enable()
     return sorted(records, key=lambda record: (created(record), record.id)), problems
 
 
-def each(root: Path, problems: list[str]) -> Iterator[Record]:
-    """The records under `root/records` one by one, by name, so that any number of them can be read.
+def each(root: Path, problems: list[str], take: Callable[[Record], Found]) -> list[Found]:
+    """What `take` keeps of each record under `root/records`, by name: they are read one by one.
 
     Links are not followed, and a measurement that lies there twice, under two ids, is given once.
 
     Args:
         problems: gets one sentence for each record that is left out.
     """
-    seen: dict[bytes, str] = {}
+    found: dict[str, Found] = {}
+    seen: dict[bytes, list[str]] = defaultdict(list)
     for name in names(root):
         try:
             record = member(root, name)
         except InvalidError as error:
-            problems.append(str(error))
-            continue
-        if problem := copied(root, name, fingerprint(record), seen):
-            problems.append(problem)
+            problems.append(clean(str(error), None))
         else:
-            yield record
+            found[name] = take(record)
+            seen[fingerprint(record)].append(name)
+    left_out = doubled(root, seen)
+    problems += left_out.values()
+    return [value for name, value in found.items() if name not in left_out]
 
 
-def copied(root: Path, name: str, found: bytes, seen: dict[bytes, str]) -> str:
-    """A sentence where a record's `fingerprint` was seen before; it is remembered in `seen` otherwise."""
-    first = seen.setdefault(found, name)
-    if first == name:
-        return ""
-    return f"{root}/records/{name} is a copy: the same measurement as {first}, which alone is counted"
+def doubled(root: Path, seen: dict[bytes, list[str]]) -> dict[str, str]:
+    """The records that do not count since their measurement lies there twice, each with a sentence why.
+
+    Of records that are equal but for the id the first counts. Where they differ one was edited, it may be any of them:
+    none counts.
+
+    Args:
+        seen: names of records by `fingerprint`.
+    """
+    said = {}
+    for same in (each for each in seen.values() if len(each) > 1):
+        first, *others = same
+        whole = member(root, first)
+        if all(member(root, name).model_copy(update=dict(id=first)) == whole for name in others):
+            left_out, why = others, f"is a copy: the same measurement as {first}, which alone is counted"
+        else:
+            listed = ", ".join(same[:3]) + (f" and {len(same) - 3} more" if len(same) > 3 else "")
+            left_out, why = same, f"is one measurement under several ids that differ ({listed}): one of them was edited"
+        said |= {name: f"{root}/records/{name} {why}" for name in left_out}
+    return said
 
 
 def member(root: Path, name: str) -> Record:
@@ -176,7 +195,7 @@ def fingerprint(record: Record) -> bytes:
     """16 bytes that two records share only where one is a copy of the other, whatever its id.
 
     They come from what clocks measured, which no two runs have in common, but for the figures that a ranking uses: a
-    copy is known also where somebody changed its date or its speed-up.
+    copy is known (`doubled`) also where somebody changed its date or its speed-up.
     """
     facts: list[Any] = [record.wall_time, record.lockstep_overhead]
     for arm in record.arms:
@@ -204,8 +223,7 @@ def find(root: Path, name: str) -> Path:
         raise UsageError(f"there is no run in {root}", "make one: effbench run --method METHOD --task TASK")
     if name == "latest":
         problems: list[str] = []
-        ages = ((created(record), record.id) for record in each(Path(root), problems))
-        newest = max(ages, default=None)
+        newest = max(each(Path(root), problems, lambda record: (created(record), record.id)), default=None)
         if newest is None:
             raise InvalidError(f"no run in {root} can be read; the first problem: {problems[0]}")
         return folders[newest[1]]
@@ -234,10 +252,11 @@ def load(path: str | Path, samples: bool = False) -> pandas.DataFrame:
         train_speedup, end_to_end_speedup, method_speedup (ratios, each with _low, _high, _verdict); promised and
         realised (speed-up of the FLOPs, and the share of it that was measured); train_seconds, test_seconds, latency
         (seconds at batch 1); test_flops, test_overhead_flops, train_flops (per image-caption pair, 1 MAC = 2 FLOPs),
-        test_useful_flops, test_analytic_flops, test_low_bit_ops; parameters, weight_bytes, peak_bytes (process),
-        tensor_peak_bytes, train_peak_bytes; tokens_first, tokens_last; and for each metric M of its task: M, M_low,
-        M_high, M_lossiness, M_lossiness_low, M_lossiness_high (fractions), M_note. What was not measured is
-        missing (NaN or None).
+        test_useful_flops, test_analytic_flops, test_low_bit_ops; seconds_to_target, flops_to_target (training up to
+        the target on dev), break_even (queries that pay for it); parameters, weight_bytes, disk_bytes, peak_bytes
+        (process), tensor_peak_bytes, train_peak_bytes; tokens_first, tokens_last; and for each metric M of its task:
+        M, M_low, M_high, M_lossiness, M_lossiness_low, M_lossiness_high (fractions), M_note. What was not measured
+        is missing (NaN or None).
 
     Raises:
         InvalidError: `path` holds no record, or is itself a damaged record. Damaged ones among others are left out

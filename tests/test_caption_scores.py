@@ -243,7 +243,7 @@ def test_a_run_records_answers_and_is_ranked_with_machines_without_java(tmp_path
     assert store.read(tmp_path / "one" / "records" / record.id) == record
     assert figures.metric_names(record, record.arms)[:4] == ["cider", "bleu4", "rouge_l", "meteor"]
     page = (tmp_path / "one" / "README.md").read_text()
-    assert "What the arms write" in page and "| meteor ↑ |" in page.replace("  ", " ")
+    assert "What the arms write" in page and "| meteor" not in page  # scores of random weights say nothing
 
 
 def writes(arm, text, question=""):

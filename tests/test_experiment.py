@@ -507,4 +507,6 @@ def test_a_real_kill_resumes_from_the_command_line(data, tmp_path):
     assert not list(tmp_path.glob("records/*/record.json"))
     second = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert second.returncode in (0, 2) and "resuming an interrupted run" in second.stderr, second.stderr[-2000:]
+    ends = [line for line in second.stderr.splitlines() if line.endswith("elapsed")]
+    assert len(ends) >= 3 and all(", 100 %, " in line for line in ends), ends
     assert len(list(tmp_path.glob("records/*/record.json"))) == 1

@@ -142,7 +142,9 @@ def test_quality_is_exact_where_nothing_was_trained_on_the_same_platform():
     assert set(told) == set(METRICS)
     worse = "-0.0208 %; worse; on the same platform and weights it must be equal"
     assert told["t2i_r10"] == ("CHANGED", worse) and told["t2i_medr"] == ("CHANGED", worse.replace("worse", "better"))
-    assert set(found(record("reference"), record(**few))) == set(METRICS)  # trained to the same bits, and scored otherwise
+    assert set(found(record("reference"), record(**few))) == set(
+        METRICS
+    )  # trained to the same bits, and scored otherwise
     few["fingerprint"] = None  # what was trained may differ by 0.67 = 1.5 sqrt(2 * 0.1)
     assert found(record("reference", fingerprint=None), record(**few)) == {}
     writes = dict(protocol=dict(train="none", captioning=Captioning()))  # its base was trained on the machine

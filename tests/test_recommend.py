@@ -9,8 +9,8 @@ from test_ratings import arm, control, record
 from effbench.commands.recommend import recommend as command
 from effbench.errors import EffbenchError, InvalidError, UsageError
 from effbench.recommend import bound, recommend
-from effbench.recommend import command as again
 from effbench.records import Memory, Speedup, Versus
+from effbench.report import markdown
 
 
 def fast(spec, loss=0.0, speed=1.5, wide=0.004, verdict="FASTER", **changes):
@@ -125,6 +125,14 @@ def test_real_data_go_before_drawn_ones():
     assert any("drawn by a program" in each for each in found.cannot)
 
 
+def test_real_data_without_a_usable_arm_are_not_called_drawn():
+    unusable = record("r", fast("a", status="FAILED"))
+    drawn = record("s", fast("drawn"), data="scenes", synthetic=True)
+    empty = record("s", fast("a", status="FAILED"), data="scenes", synthetic=True)
+    assert not recommend([unusable], 0.01).synthetic and not recommend([unusable, empty], 0.01).synthetic
+    assert recommend([empty], 0.01).synthetic and recommend([unusable, drawn], 0.01).synthetic
+
+
 def test_devices_are_never_mixed():
     cpu = record("r", fast("slow", speed=1.2))
     cuda = record("s", fast("quick", speed=3), protocol=dict(device="cuda:1"))
@@ -199,9 +207,7 @@ def test_questions_that_no_record_answers():
     ],
 )
 def test_a_recorded_command_is_printed_so_that_a_shell_runs_nothing_else(text, expected):
-    made = record("r", fast("a"))
-    made = made.model_copy(update=dict(provenance=made.provenance.model_copy(update=dict(command=text))))
-    assert again(made) == expected
+    assert markdown.command(text) == expected
 
 
 def test_the_command_prints_its_evidence(saved, capsys):
@@ -246,6 +252,27 @@ def test_hostile_names_are_shown_as_text(saved, capsys):
     assert command("1%", out=saved(evil)) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\u202e" not in out and "<script>" in out
+
+
+def test_text_of_a_record_adds_no_line(saved, capsys):
+    """On GitHub a line that begins with :: is a command to the runner."""
+    forged = "a\n::error::forged"
+    here = dict(protocol=dict(device=forged))
+    made = record("r", fast(forged, speed=3), fast(f"{forged} 2"), fast(f"{forged} 3", 0.005, wide=0.02), **here)
+    root = saved(made)
+    for limit in ("1%", "0.001%"):
+        command(limit, out=root)
+        lines = capsys.readouterr().out.splitlines()
+        assert any("a ::error::forged" in line for line in lines)
+        assert not any(line.lstrip().startswith("::") for line in lines)
+
+
+def test_drawn_data_left_aside_give_no_hint_that_does_not_work(saved, capsys):
+    """A stand-in run has the same task as the real one: --task does not tell them apart."""
+    drawn = record("s", fast("drawn"), data="scenes", synthetic=True)
+    assert command("1%", out=saved(record("r", fast("real")), drawn)) == 0
+    out = capsys.readouterr().out
+    assert "1 envelope of drawn data, since there are real ones" in out and "--task to" not in out
 
 
 def test_no_torch_is_imported():

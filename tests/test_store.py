@@ -18,7 +18,7 @@ from effbench.task import Items
 def make_record(name="run-1", **changes):
     envelope = records.Envelope(
         task="flickr8k", data="scenes", data_fingerprint="f00", images={"test": 10}, captions={"test": 50},
-        metrics=("t2i_r10",), backbone="timm:tiny", weights="random", transform="resize 32",
+        metrics=("t2i_r10",), backbone="timm:tiny", weights="sha256:0123456789abcdef", transform="resize 32",
         protocol=records.Protocol(), device_model="some CPU",
     )  # fmt: skip
     plain = dict(t2i_r10=records.MetricValue(value=48.0 / 0.9, higher_is_better=True))
@@ -165,14 +165,45 @@ def test_records_come_oldest_first_and_a_renamed_copy_is_a_problem(tmp_path):
 
 
 def test_a_copy_under_another_id_is_named_and_counted_once(tmp_path):
-    first = make_record("first", lockstep_overhead=0.01)
-    edited = dict(notes=("edited by hand",), created=datetime(2025, 3, 4, tzinfo=UTC))
-    store.write(first, steps(), tmp_path)
-    store.write(make_record("second", lockstep_overhead=0.01, **edited), steps(), tmp_path)
-    store.write(make_record("third", lockstep_overhead=0.1), steps(), tmp_path)
+    for name, overhead in (("first", 0.01), ("second", 0.01), ("third", 0.1)):
+        store.write(make_record(name, lockstep_overhead=overhead), steps(), tmp_path)
     got, problems = store.read_all(tmp_path)
     assert [record.id for record in got] == ["first", "third"]
     assert len(problems) == 1 and "second is a copy: the same measurement as first" in problems[0]
+
+
+def test_of_a_record_and_its_edited_copy_neither_counts(tmp_path):
+    """Whichever comes first by name: the copy must not take the place of the genuine one."""
+    baseline, arm = make_record().arms
+    faster = arm.model_copy(update=dict(test_speedup=records.Speedup(value=9, low=8, high=10, n=30, verdict="FASTER")))
+    for name, arms in (("0-forged", (baseline, faster)), ("genuine", (baseline, arm)), ("x-copy", (baseline, arm))):
+        made = make_record(name, lockstep_overhead=0.01, arms=arms, created=datetime(2025, 3, 4, tzinfo=UTC))
+        store.write(made, steps(), tmp_path)
+    store.write(make_record("other"), steps(), tmp_path)
+    got, problems = store.read_all(tmp_path)
+    assert [record.id for record in got] == ["other"] and len(problems) == 3
+    assert all("one of them was edited" in each and "(0-forged, genuine, x-copy)" in each for each in problems)
+    assert store.find(tmp_path, "latest").name == "other"
+    with pytest.warns(UserWarning, match="one of them was edited"):
+        assert set(store.load(tmp_path).run) == {"other"}
+
+
+def test_text_of_a_record_adds_no_line_to_a_problem(tmp_path):
+    baseline, arm = make_record().arms
+    arm = arm.model_copy(update=dict(name="a\n::error::b", promised=2.0, realised=99.0))
+    store.write(make_record(arms=(baseline, arm)), steps(), tmp_path)
+    (tmp_path / "records" / "x\n::error::y").mkdir()
+    got, problems = store.read_all(tmp_path)
+    assert not got and len(problems) == 2 and not any("\n" in each for each in problems)
+    assert all("::error::" in each for each in problems)
+
+
+def test_every_column_of_load_stands_in_its_docstring():
+    baseline, arm = make_record().arms
+    said = " ".join(store.load.__doc__.split()).replace("(", " ").replace(")", " ").replace(",", " ").replace(";", " ")
+    ends = ("_low", "_high", "_verdict", "_note")  # said once for all
+    missing = {name for name in store.row(make_record(), arm) if not name.endswith(ends)} - set(said.split())
+    assert missing == {"t2i_r10", "t2i_r10_lossiness", "arm_lossiness"}
 
 
 CONTRADICTIONS = {

@@ -160,6 +160,14 @@ def test_an_experiment_that_fails_does_not_end_the_sweep(swept, file, tmp_path, 
     assert "experiment 2 of 2: flickr8k, timm:test_vit3, 1 method\n" in shown.err
 
 
+def test_a_sweep_exits_as_the_worst_of_its_runs_would(swept, file, tmp_path, asked):
+    out, outcomes = swept
+    store_of(out, tmp_path)
+    bad = outcomes[1].record.model_copy(update=dict(status="INVALID", why_invalid="noise"))
+    asked[1].extend([EffbenchError("the baseline failed"), bad])
+    assert main(["sweep", str(file), "--out", str(tmp_path), "--fresh"]) == 2
+
+
 def test_a_full_disk_ends_the_sweep(file, tmp_path, asked):
     full = EffbenchError("the disk is full")
     full.__cause__ = OSError(errno.ENOSPC, "No space left")

@@ -10,6 +10,7 @@ from test_store import make_record
 from effbench import records
 from effbench.records import (
     Calibration,
+    Decoding,
     Economics,
     Energy,
     Flops,
@@ -134,6 +135,13 @@ def test_the_terminal_takes_a_speed_up_apart():
         "energy from RAPL",
     ):
         assert said in text
+
+
+def test_a_prefix_that_is_not_known_is_a_dash():
+    """As in records that were written before it was measured."""
+    record = whole()
+    found = tuple(arm.model_copy(update=dict(decoding=(Decoding(batch=2, tokens=20),))) for arm in record.arms)
+    assert "None" not in printed(record.model_copy(update=dict(arms=found)), 160)
 
 
 def test_a_record_without_the_new_figures_is_shown_as_before():

@@ -68,8 +68,8 @@ def _section(out: Path, run: str | None) -> Section:
     """What is plotted: one record, or all of the newest envelope."""
     from effbench import store
     from effbench.errors import InvalidError
-    from effbench.report.reading import briefs
-    from effbench.report.standings import arrange, section, sections
+    from effbench.report.reading import groups
+    from effbench.report.standings import section, sections
 
     if run is not None:
         record = store.read(store.find(out, run))
@@ -81,16 +81,16 @@ def _section(out: Path, run: str | None) -> Section:
     if not (out / "records").is_dir():
         raise InvalidError(f"there are no runs in {out}", "make one with effbench run, or name the folder: --out")
     problems: list[str] = []
-    groups = arrange(briefs(out, problems))
+    found = groups(out, problems)
     for problem in problems[:5]:
         say(f"left out: {problem}")
     if len(problems) > 5:
         say(f"left out: {len(problems) - 5} more records that cannot be read")
-    valid = [group for group in groups if group.best]
+    valid = [group for group in found if group.best]
     if valid:
         return section(max(valid, key=lambda group: group.newest), lambda name: store.member(out, name))
     hint = "make one: effbench run --method METHOD --task TASK"
-    raise InvalidError(f"no run in {out} is valid" if groups else f"no run in {out} can be read", hint)
+    raise InvalidError(f"no run in {out} is valid" if found else f"no run in {out} can be read", hint)
 
 
 def _write(folder: Path, name: str, drawn: Drawn, kind: str, section: Section) -> None:

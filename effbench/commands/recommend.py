@@ -64,15 +64,15 @@ def recommend(
 
 
 def _print(answer: Answer) -> None:
-    from effbench.recommend import command
+    from effbench.report.markdown import clean, command
 
     best = answer.best
     if best is None:
         _print_none(answer)
     else:
-        say(f"use {best.spec}")
+        say(f"use {clean(best.spec, None)}")
         data = "drawn data, not real ones" if answer.synthetic else "real data"
-        say(f"shown on {answer.device}, on {data}: {_figures(best)}; you accept {_percent(answer.bound)}")
+        say(f"shown on {clean(answer.device)}, on {data}: {_figures(best)}; you accept {_percent(answer.bound)}")
         _listed("evidence", _evidence(best))
         _listed("what beats it", answer.better or ("nothing else that is shown to be within the bound",))
         _listed("what this cannot say", answer.cannot)
@@ -81,24 +81,29 @@ def _print(answer: Answer) -> None:
     _listed("within it, but not shown to be faster", _lines(answer.slow))
     _listed("left out", _left_out(answer))
     if best is not None:
-        again = command(best.slowest.record)
+        again = command(best.slowest.record.provenance.command)
         say(f"again: {again}" if again else "again: its record holds no command of effbench")
 
 
 def _print_none(answer: Answer) -> None:
+    from effbench.report.markdown import clean
+
     envelopes = f"{answer.envelopes} envelope{'' if answer.envelopes == 1 else 's'} of "
     data = "drawn data" if answer.synthetic else "real data"
-    bound = _percent(answer.bound)
-    say(f"nothing to recommend: no method is shown to be faster on {answer.device} and to lose at most {bound}")
+    device, bound = clean(answer.device), _percent(answer.bound)
+    say(f"nothing to recommend: no method is shown to be faster on {device} and to lose at most {bound}")
     say(f"looked at: {envelopes}{data}")
     nearest = answer.nearest
     if nearest is not None:
-        say(f"nearest: {nearest.spec}: {_figures(nearest)}; it needs a bound of {_percent(nearest.needs, up=True)}")
+        needs = _percent(nearest.needs, up=True)
+        say(f"nearest: {clean(nearest.spec, None)}: {_figures(nearest)}; it needs a bound of {needs}")
         _listed("evidence", _evidence(nearest))
 
 
 def _lines(candidates: tuple[Candidate, ...]) -> list[str]:
-    return [f"{each.spec}: {_figures(each)}" for each in candidates]
+    from effbench.report.markdown import clean
+
+    return [f"{clean(each.spec, None)}: {_figures(each)}" for each in candidates]
 
 
 def _left_out(answer: Answer) -> list[str]:
@@ -108,7 +113,7 @@ def _left_out(answer: Answer) -> list[str]:
     ]
     if answer.aside:
         found.append(
-            f"{answer.aside} envelopes of drawn data, since there are real ones: ask for their --task to use them"
+            f"{answer.aside} envelope{'' if answer.aside == 1 else 's'} of drawn data, since there are real ones"
         )
     return found
 
@@ -195,7 +200,7 @@ def _print_ratings(ratings: Ratings) -> None:
 def _json(answer: Answer, rated: list[Ratings] | None) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from effbench.recommend import command
+    from effbench.report.markdown import command
 
     found = dict(
         verdict="USE" if answer.best else "NONE",
@@ -203,7 +208,7 @@ def _json(answer: Answer, rated: list[Ratings] | None) -> dict[str, Any]:
         device=answer.device,
         synthetic=answer.synthetic,
         use=answer.best and answer.best.spec,
-        command=command(answer.best.slowest.record) if answer.best else None,
+        command=command(answer.best.slowest.record.provenance.command) if answer.best else None,
         shown=[_row(each) for each in answer.shown],
         likely=[_row(each) for each in answer.likely],
         not_faster=[_row(each) for each in answer.slow],

@@ -31,6 +31,7 @@ def sweep(
     has a record already is left. A method that does not fit a backbone is left
     out, and named.
     """
+    from effbench.commands.run import exit_code
     from effbench.sweep import run
 
     outcomes = run(file, out, dry_run=dry_run, fresh=fresh, log=log)
@@ -46,4 +47,4 @@ def sweep(
         kept = outcome.record is not None and outcome.record.status == "ok"  # it takes --fresh to run those again
         for why in outcome.failures:
             say_error(f"{outcome.planned}: {why}", f"to repeat it: {again}{' --fresh' if kept else ''}")
-    return int(any(outcome.failures for outcome in outcomes))
+    return max((exit_code(outcome.record) if outcome.record else 1 for outcome in outcomes), default=0)

@@ -29,7 +29,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from effbench.records import Arm, Interval, Record
+from effbench.records import LEAST_SEEDS, Arm, Interval, Record, in_interval
 from effbench.report import figures
 from effbench.report.standings import Section, Standing
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 MARGIN = 0.01  # of lossy-ness, where the record states none
 FASTER = 0.03  # relative difference below which two times count as the same
-LEAST_SEEDS = 3  # of arms that were trained apart
 MOST = 1e6  # a figure beyond this was edited by hand
 ARMS = 400  # of an envelope that are compared, methods first
 NONE = 9  # an outcome: not compared
@@ -134,10 +133,10 @@ def _lossiness(row: Standing) -> Interval | None:
 
 def _three(figure: Interval | None) -> tuple[float, float, float] | None:
     """Low end, value, high end; None where there is no interval, or where it was edited by hand."""
-    if figure is None or figure.low is None or figure.high is None:
+    if not in_interval(figure):
         return None
     found = figure.low, figure.value, figure.high
-    return found if found == tuple(sorted(found)) and max(map(abs, found)) <= MOST else None
+    return found if max(map(abs, found)) <= MOST else None
 
 
 def _log(figure: Interval | None) -> tuple[float, float, float]:

@@ -8,8 +8,8 @@ from effbench import store
 from effbench.records import Envelope, Protocol, Record
 from effbench.report import answers, equal_budget, figures, tables, verdicts
 from effbench.report.main_table import main_table, notes
-from effbench.report.markdown import code, escape
-from effbench.report.standings import Section, Standing
+from effbench.report.markdown import code, command, escape
+from effbench.report.standings import Group, Section, Standing
 
 RUNS = 3  # runs, notes of a run, and sources that are told of at once
 FIELDS = 3  # in which an envelope differs from others that are named at once
@@ -23,7 +23,7 @@ def envelope_section(section: Section, differing: list[str]) -> str:
         differing: the envelope's fields, by dotted name, in which others of its task differ from it.
     """
     rows, envelope = section.rows, section.envelope
-    parts = [_heading(envelope, section.digest)]
+    parts = [_heading(section)]
     if rows:
         answer, *more = map(_sentence, verdicts.sentences(rows))
         parts.append("\n".join([f"**{answer}**", *(f"- {each}" for each in more)]).replace("\n-", "\n\n-", 1))
@@ -31,7 +31,7 @@ def envelope_section(section: Section, differing: list[str]) -> str:
     if rows:
         table, folded = main_table(rows)
         parts += [table, *(_folded(*each) for each in folded), _footnotes(rows), _conditions(section)]
-        parts.append(_apart(envelope, differing))
+        parts.append(_apart(section, differing))
         parts += [_folded(title, text) for title, text in _details(section)]
         parts.append(_measured(section))
     else:
@@ -86,16 +86,15 @@ def _folded(title: str, text: str) -> str:
 def title(envelope: Envelope) -> str:
     """What an envelope is, on one line of Markdown."""
     data = f"{escape(envelope.data)} (synthetic)" if envelope.synthetic else escape(envelope.data)
-    weights = envelope.weights[:12] if len(envelope.weights) == 64 else envelope.weights
-    weights = "**random weights**" if weights == "random" else f"weights {escape(weights)}"
+    weights = "**random weights**" if envelope.weights == "random" else f"weights {escape(envelope.weights)}"
     return (
         f"{escape(envelope.task)} on data **{data}** · {escape(envelope.backbone)} · {weights} · "
         f"train {envelope.protocol.train}"
     )
 
 
-def _heading(envelope: Envelope, digest: str) -> str:
-    return f'<a id="{digest}"></a>\n\n## {title(envelope)} · `{digest}`'
+def _heading(section: Section) -> str:
+    return f'<a id="{section.anchor}"></a>\n\n## {title(section.envelope)} · `{section.anchor}`'
 
 
 def _conditions(section: Section) -> str:
@@ -142,10 +141,10 @@ def _warning(envelope: Envelope) -> str:
     return "\n>\n".join(lines)
 
 
-def _apart(envelope: Envelope, differing: list[str]) -> str:
+def _apart(section: Section, differing: list[str]) -> str:
     """In what the envelope differs from others of its task."""
     if differing:
-        values = flat(envelope.model_dump())
+        values = fields(section)
         named = [f"{escape(field)} ({escape(_value(values.get(field)), 60)})" for field in differing]
         text = f"Not comparable with the other tables of this task, which differ in (here): {', '.join(named)}."
         short = f"Not comparable with the other tables of this task: {len(differing)} fields differ"
@@ -158,6 +157,11 @@ def _value(value: Any) -> str:
         return ", ".join(map(str, value))
     text = "absent" if value is None else str(value)
     return text[:12] if len(text) == 64 else text
+
+
+def fields(found: Section | Group) -> dict[str, Any]:
+    """All that must be equal before two results are ranked together, by dotted name."""
+    return flat(found.envelope.model_dump()) | dict(primary_metric=found.metric)
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -194,7 +198,7 @@ def _run(record: Record, label: str) -> str:
     facts = [
         f"noise floor (noop) {floor}",
         figures.precision(record),
-        figures.calibration(record.calibration) if any(arm.test_speedup for arm in record.arms) else "",
+        escape(figures.calibration(record.calibration), 500) if any(arm.test_speedup for arm in record.arms) else "",
         f"kernel effect (identity) {kernel}",
         f"load {load:.2f} per core" if load is not None else "",
         escape(figures.energy(record.energy)),
@@ -206,8 +210,8 @@ def _run(record: Record, label: str) -> str:
     ]
     when = f"{label}`{record.id}` ({store.created(record):%Y-%m-%d}): "
     parts = [when + "; ".join(fact for fact in facts if fact)]
-    if record.provenance.command:
-        parts.append(code(record.provenance.command))
+    if again := command(record.provenance.command):
+        parts.append(code(again))
     machine = "; ".join(f"{name}: {fact}" for name, fact in record.provenance.machine.items())
     versions = ", ".join(f"{name} {version}" for name, version in record.provenance.versions.items())
     about = ". ".join(part for part in (machine, versions) if part)

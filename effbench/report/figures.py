@@ -347,6 +347,11 @@ def untaught(envelope: Envelope) -> str:
     return "The weights are random: time, memory and FLOPs mean something, quality does not."
 
 
+def quality(arm: Arm, record: Record) -> dict[str, MetricValue]:
+    """The metrics of an arm by name; none where they say nothing."""
+    return {} if arm.no_quality or untaught(record.envelope) else arm.metrics
+
+
 def place(control: str) -> int:
     """Where a control stands among the others."""
     return list(CONTROLS).index(control) if control in CONTROLS else len(CONTROLS)

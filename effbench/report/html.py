@@ -11,14 +11,13 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from effbench.records import Record
 from effbench.report import page_data
 from effbench.report.markdown import clean
-from effbench.report.standings import Section, sections
+from effbench.report.standings import Group, Section, arrange, brief, section
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("elements.js", "table.js", "plots.js", "figures.js", "methods.js", "page.js")
@@ -28,34 +27,28 @@ PROBLEMS = 200
 
 
 def render(records: list[Record], problems: list[str]) -> str:
-    """The page of some records.
+    """The page of records that are held in memory: for tests and benchmarks; `write_leaderboard` holds none.
 
     Args:
         problems: one sentence for each record that could not be read.
     """
-    return document(envelopes(sections(records)), problems)
+    held = {record.id: record for record in records}
+    groups = arrange(map(brief, records))
+    return document((section(group, held.__getitem__) for group in groups), groups, problems)
 
 
-def envelopes(found: Iterable[Section]) -> Iterable[dict[str, Any]]:
-    """`page_data.envelope` of each section, as many rows as a page holds; sections are not kept."""
-    room = ROWS
-    for section in found:
-        data = page_data.envelope(section, room)
-        room -= len(data["rows"])
-        yield data
+def document(found: Iterable[Section], groups: Sequence[Group], problems: list[str]) -> str:
+    """The page of the sections that `found` makes of `groups`, in that order; they are not kept.
 
-
-def document(found: Iterable[dict[str, Any]], problems: list[str]) -> str:
-    """The page of what `envelopes` gives."""
-    kept = list(found)
-    hidden = [each for each in kept if each["left_out"] and not each["rows"]] + kept[ENVELOPES:]
-    shown = [each for each in kept[:ENVELOPES] if each["rows"] or not each["left_out"]]
+    Args:
+        problems: one sentence for each record that could not be read.
+    """
+    rows = _rows(groups)
     data = dict(
         columns=page_data.COLUMNS,
         parts=page_data.PARTS,
-        envelopes=shown,
-        left_out=sum(each["left_out"] for each in kept) + sum(len(each["rows"]) for each in kept[ENVELOPES:]),
-        envelopes_left_out=len(hidden),
+        envelopes=[page_data.envelope(each, rows[each.anchor]) for each in found if each.anchor in rows],
+        left_out=sum(len(group.best) for group in groups) - sum(rows.values()),
         problems=[clean(each, 500) for each in problems[:PROBLEMS]],
         problems_left_out=max(0, len(problems) - PROBLEMS),
     )
@@ -67,6 +60,17 @@ def document(found: Iterable[dict[str, Any]], problems: list[str]) -> str:
     )
     parts = {"policy": policy, "style": _asset("page.css"), "data": _json(data), "page": page, "plotly": library}
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
+
+
+def _rows(groups: Sequence[Group]) -> dict[str, int]:
+    """How many rows of which envelope, by its anchor, the page holds: of the newest as many as there are."""
+    room, rows = ROWS, {}
+    for group in sorted(groups, key=lambda group: group.newest, reverse=True):
+        count = min(room, len(group.best))
+        if len(rows) < ENVELOPES and (count or not group.best):
+            rows[group.anchor] = count
+            room -= count
+    return rows
 
 
 def _asset(name: str) -> str:

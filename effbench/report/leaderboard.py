@@ -16,12 +16,12 @@ from typing import Any
 
 from effbench import store
 from effbench.errors import EffbenchError
-from effbench.records import Envelope, Record
+from effbench.records import Record
 from effbench.report import ratings, rows
-from effbench.report.envelope_section import envelope_section, flat, title
+from effbench.report.envelope_section import envelope_section, fields, title
 from effbench.report.legend import INTRODUCTION, LEGEND
 from effbench.report.markdown import escape
-from effbench.report.reading import briefs
+from effbench.report.reading import groups as groups_of
 from effbench.report.standings import Group, Section, arrange, brief, section
 from effbench.whole_file import whole_file
 
@@ -44,7 +44,7 @@ def write_leaderboard(root: Path, problems: list[str] | None = None) -> Path:
 
     root = Path(root)
     problems = [] if problems is None else problems
-    groups = arrange(briefs(root, problems))
+    groups = groups_of(root, problems)
     problems[:] = [each.replace(f"{root}/", "") for each in problems]  # files to publish name no path of a machine
     page, tables = Page(groups, problems), Tables()
 
@@ -58,7 +58,7 @@ def write_leaderboard(root: Path, problems: list[str] | None = None) -> Path:
             tables.add(found)
             yield found
 
-    whole = html.document(html.envelopes(each()), problems)
+    whole = html.document(each(), groups, problems)
     write_text(root / "leaderboard.csv", tables.csv())
     write_text(root / "leaderboard.json", tables.json())
     write_text(root / "index.html", whole)
@@ -81,13 +81,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def render(records: list[Record], problems: list[str]) -> str:
-    """The leaderboard as Markdown.
+    """The Markdown of records that are held in memory: for tests; `write_leaderboard` holds none.
 
     Args:
         problems: one sentence for each record that could not be read.
     """
     held = {record.id: record for record in records}
-    groups = arrange(brief(record) for record in records)
+    groups = arrange(map(brief, records))
     page = Page(groups, problems)
     for group in groups:
         page.add(section(group, held.__getitem__))
@@ -104,29 +104,25 @@ class Page:
 
     def __init__(self, groups: list[Group], problems: list[str]) -> None:
         self.groups, self.problems = groups, problems
-        newest = sorted(groups, key=lambda group: group.newest, reverse=True)
-        self.chosen = {group.digest for group in newest[:SECTIONS]}
-        self.differing = _differing([group.envelope for group in groups if group.digest in self.chosen])
+        newest = sorted(groups, key=lambda group: group.newest, reverse=True)[:SECTIONS]
+        self.newest = [group.anchor for group in newest]
+        self.differing = _differing(newest)
         self.parts: dict[str, str] = {}
-        self.room = BYTES
         self.rated = ratings.Collected()
 
     def add(self, found: Section) -> None:
         self.rated.add(found)
-        if found.digest not in self.chosen:
-            return
-        text = envelope_section(found, self.differing[found.envelope.task])
-        self.room -= len(text.encode())
-        if self.room > 0 or not self.parts:
-            self.parts[found.digest] = text
+        if found.anchor in self.newest:
+            self.parts[found.anchor] = envelope_section(found, self.differing[found.envelope.task])
 
     def text(self) -> str:
+        shown = self._shown()
         parts = [INTRODUCTION]
         if not self.groups:
             parts.append("No run yet. Make one: `effbench run --method METHOD --task TASK`\n")
         if len(self.groups) > 1:
-            parts.append(self._index())
-        parts += self.parts.values()
+            parts.append(self._index(shown))
+        parts += shown.values()
         if rated := self.rated.markdown():
             parts.append(rated)
         if self.problems:
@@ -138,20 +134,31 @@ class Page:
         parts.append(LEGEND)
         return "\n".join(parts).rstrip("\n") + "\n"
 
-    def _index(self) -> str:
+    def _shown(self) -> dict[str, str]:
+        """The sections, the newest as far as they fit, in the order of the page; the newest one if none fits."""
+        room, chosen = BYTES, set()
+        for anchor in self.newest:
+            size = len(self.parts[anchor].encode())
+            if size <= room:
+                room -= size
+                chosen.add(anchor)
+        chosen = chosen or set(self.newest[:1])
+        return {anchor: text for anchor, text in self.parts.items() if anchor in chosen}
+
+    def _index(self, shown: dict[str, str]) -> str:
         """A line per envelope; those that have no section here are said to be in the other files."""
         lines, left = [], 0
         for group in self.groups:
             runs = f"{group.runs:,} run{'' if group.runs == 1 else 's'}, newest {group.newest[0]:%Y-%m-%d}"
-            if group.digest in self.parts:
-                lines.append(f"- [`{group.digest}`](#{group.digest}) {title(group.envelope)}: {runs}")
+            if group.anchor in shown:
+                lines.append(f"- [`{group.anchor}`](#{group.anchor}) {title(group.envelope)}: {runs}")
             elif len(lines) < INDEX:
-                lines.append(f"- `{group.digest}` {title(group.envelope)}: {runs}; not shown here")
+                lines.append(f"- `{group.anchor}` {title(group.envelope)}: {runs}; not shown here")
             else:
                 left += 1
         if left:
             lines.append(f"- and {left:,} older ones")
-        if left or len(self.parts) < len(self.groups):
+        if left or len(shown) < len(self.groups):
             lines.append("\nAll rows of all envelopes: [leaderboard.csv](leaderboard.csv)")
         return f"## {len(self.groups):,} envelopes\n\n" + "\n".join(lines) + "\n"
 
@@ -179,11 +186,11 @@ class Tables:
         return f'{{"schema": {rows.SCHEMA}, "rows": [\n{inside}\n]}}\n'
 
 
-def _differing(envelopes: list[Envelope]) -> dict[str, list[str]]:
+def _differing(groups: list[Group]) -> dict[str, list[str]]:
     """By task: the fields in which its envelopes differ."""
     by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for envelope in envelopes:
-        by_task[envelope.task].append(flat(envelope.model_dump()))
+    for group in groups:
+        by_task[group.envelope.task].append(fields(group))
     return {
         task: [
             field

@@ -101,9 +101,7 @@ def _arm(row: Standing, told: Notes) -> str:
 
 def _cells(row: Standing) -> list[str]:
     arm = row.arm
-    value = arm.metrics.get(row.record.primary_metric)
-    if figures.untaught(row.record.envelope):
-        value = None
+    value = figures.quality(arm, row.record).get(row.record.primary_metric)
     loss = f"n/a ({arm.no_quality})" if arm.no_quality else figures.lossiness(value)
     train = NONE if arm.train_time else escape(figures.trained_by(arm))
     if arm.train_time and arm.train_speedup:

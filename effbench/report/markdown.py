@@ -1,8 +1,9 @@
-"""Markdown from untrusted text: escaping, tables and code blocks of GitHub's dialect."""
+"""Markdown from untrusted text: escaping, tables and code of GitHub's dialect; and commands that may be repeated."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -36,5 +37,26 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def code(text: str) -> str:
     """A code block that shows `text` on one line and cannot be left by the backticks in it."""
     text = clean(text, None)
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    fence = "`" * max(3, _longer_than_inside(text))
     return f"{fence}sh\n{text}\n{fence}"
+
+
+def span(text: str, limit: int | None = 200) -> str:
+    """Code within a line, which cannot be left by the backticks in it."""
+    text = clean(text, limit)
+    fence = "`" * _longer_than_inside(text)
+    return f"{fence} {text} {fence}"
+
+
+def _longer_than_inside(text: str) -> int:
+    """How many backticks no run of backticks in the text reaches."""
+    return 1 + max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+def command(text: str) -> str:
+    """A record's command, quoted so that a shell runs nothing else; empty where it is none of effbench."""
+    try:
+        words = shlex.split(clean(text, None))
+    except ValueError:
+        return ""
+    return shlex.join(words) if len(words) > 1 and words[0] == "effbench" else ""

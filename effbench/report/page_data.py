@@ -11,8 +11,9 @@ from typing import Any
 
 from effbench.records import Arm, Envelope, Interval, Record, TimeSplit
 from effbench.report import figures
-from effbench.report.markdown import clean
+from effbench.report.markdown import clean, command
 from effbench.report.standings import Past, Section, Standing, key
+from effbench.report.strengths import family, parsed
 from effbench.store import created
 
 NONE = figures.NONE
@@ -46,16 +47,16 @@ def envelope(section: Section, room: int) -> dict[str, Any]:
 
     Returns:
         digest, title, task (texts), synthetic, facts (name and value each), warnings, metric, invalid (id and reason
-        each), measured (number of valid runs), left_out (rows beyond `room`), runs (what rows come from) and rows.
+        each), measured (number of valid runs), runs (what rows come from) and rows.
     """
-    found, shown = section.envelope, section.rows[: max(0, room)]
+    found, shown = section.envelope, section.rows[:room]
     places = {record.id: place for place, record in enumerate(section.records)}
     used = {row.record.id: row.record for row in shown}
     record = section.records[-1] if section.records else None
     parts = [found.task, f"{found.data} (synthetic)" if found.synthetic else found.data, found.backbone]
-    parts += [_trained(found), section.digest]
+    parts += [_trained(found), section.anchor]
     return dict(
-        digest=clean(section.digest, 64),
+        digest=section.anchor,
         title=" · ".join(clean(part, 80) for part in parts),
         task=clean(found.task, 80),
         synthetic=found.synthetic,
@@ -65,30 +66,14 @@ def envelope(section: Section, room: int) -> dict[str, Any]:
         invalid=[[name, clean(why, 300) or "no reason given"] for name, why in section.invalid[-LISTED:]],
         invalid_runs=section.invalid_runs,
         measured=section.runs,
-        left_out=len(section.rows) - len(shown),
         runs={places[name]: _run(record) for name, record in used.items()},
         rows=[_row(row, places[row.record.id], section.history.get(key(row.arm), [])) for row in shown],
     )
 
 
-def family(arm: Arm) -> str:
-    """The methods of an arm's stack without their parameters, by which arms stand in one part of the page."""
-    return " + ".join(name for name, _ in parameters(arm.spec)) or arm.name
-
-
-def parameters(spec: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The methods of a spec with what is set of each; read without the methods, which may not be installed here."""
-    stack = []
-    for part in spec.split("+")[:20]:
-        name, _, values = part.partition(":")
-        pairs = (value.partition("=") for value in values.split(",")[:40] if value)
-        stack.append((name.strip(), [(left, right) if equals else ("", left) for left, equals, right in pairs]))
-    return [each for each in stack if each[0]]
-
-
 def _row(row: Standing, place: int, history: list[Past]) -> dict[str, Any]:
-    arm, metric = row.arm, row.arm.metrics.get(row.record.primary_metric)
-    loss = None if metric is None or arm.no_quality else metric.lossiness
+    arm, metric = row.arm, figures.quality(row.arm, row.record).get(row.record.primary_metric)
+    loss = metric and metric.lossiness
     flops, peak = arm.test_flops, figures.peak(arm.memory)
     useful = flops.useful if flops and flops.useful and flops.useful != flops.dense else None
     train = arm.train_speedup if arm.train_time else None
@@ -112,8 +97,8 @@ def _row(row: Standing, place: int, history: list[Past]) -> dict[str, Any]:
     ]
     return dict(
         name=clean(figures.label(arm)),
-        family=clean(family(arm), 100),
-        stack=[[clean(name, 60), [[clean(a, 60), clean(b, 100)] for a, b in found]] for name, found in _stack(arm)],
+        family=clean(family(arm.spec) or arm.name, 100),
+        stack=_stack(arm),
         kind=arm.kind,
         control=clean(arm.control, 40),
         source=clean(arm.source, 500),
@@ -134,8 +119,10 @@ def _row(row: Standing, place: int, history: list[Past]) -> dict[str, Any]:
     )
 
 
-def _stack(arm: Arm) -> list[tuple[str, list[tuple[str, str]]]]:
-    return parameters(arm.spec) or [(arm.name, [])]
+def _stack(arm: Arm) -> list[list[Any]]:
+    """The methods of a stack, each with what is set of it; a spec that cannot be read stands there as it is."""
+    stack = parsed(arm.spec) or ((arm.name, {"": arm.spec} if arm.spec else {}),)
+    return [[clean(name, 60), [[clean(a, 60), clean(b, 100)] for a, b in found.items()]] for name, found in stack]
 
 
 def _run(record: Record) -> dict[str, Any]:
@@ -155,7 +142,7 @@ def _run(record: Record) -> dict[str, Any]:
     return dict(
         id=record.id,
         date=f"{created(record):%Y-%m-%d %H:%M}",
-        command=clean(provenance.command, None),
+        command=command(provenance.command),
         about=[clean(text, 300) for text in about if text],
         tokens=list(baseline.tokens[:LAYERS]),
         step=_split(baseline.step_time, 1000 / steps if steps else 0),
@@ -175,12 +162,11 @@ def _trained(found: Envelope) -> str:
 def _facts(found: Envelope) -> dict[str, str]:
     """The conditions that all rows share."""
     protocol, writing = found.protocol, found.protocol.captioning
-    drawn = "random" if found.weights == "random" else found.weights[:19]
     count = ", ".join(f"{n:,} {split}" for split, n in list(found.images.items())[:8])
     return {
         "task": found.task,
         "data": f"{found.data}, images: {count}; results on {found.split}",
-        "backbone": f"{found.backbone}, weights {drawn}",
+        "backbone": f"{found.backbone}, weights {found.weights}",
         "training": f"{_trained(found)}, {protocol.epochs} epochs, batch {protocol.batch_size}, lr {protocol.lr:g}"
         if protocol.train != "none"
         else "none",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from effbench.records import Arm, Interval
+from effbench.records import Arm, in_interval
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,17 +40,12 @@ def point(arm: Arm, metric: str) -> Point | None:
     found = arm.metrics.get(metric)
     if arm.kind != "method" or arm.status != "ok" or arm.no_quality or found is None:
         return None
-    if not _sure(arm.test_speedup) or not _sure(found.lossiness) or arm.test_speedup.low <= 0:
+    if not in_interval(arm.test_speedup) or not in_interval(found.lossiness) or arm.test_speedup.low <= 0:
         return None
     speed, loss = arm.test_speedup, found.lossiness
     low, value, high = (math.log(each) for each in (speed.low, speed.value, speed.high))
     # halves first: of hostile figures the difference alone may overflow
     return Point(value, loss.value, (high - low) / SIDES, loss.high / SIDES - loss.low / SIDES)
-
-
-def _sure(figure: Interval | None) -> bool:
-    """Whether it has an interval, and lies in it (files may be edited by hand)."""
-    return figure is not None and None not in (figure.low, figure.high) and figure.low <= figure.value <= figure.high
 
 
 def front(points: Sequence[Point]) -> list[bool]:

@@ -76,7 +76,7 @@ def places(rows: Sequence[Standing]) -> tuple[list[Place], tuple[str, ...]]:
 
 
 def _loss(row: Standing) -> Interval | None:
-    value = None if row.arm.no_quality else row.arm.metrics.get(row.record.primary_metric)
+    value = figures.quality(row.arm, row.record).get(row.record.primary_metric)
     return value and value.lossiness
 
 

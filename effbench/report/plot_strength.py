@@ -42,7 +42,7 @@ def _draw(curves: Sequence[Curve], width: float) -> Drawn:
     primary, notes = record.primary_metric, ()
 
     def quality(row: Standing) -> MetricValue | None:
-        return None if row.arm.no_quality else row.arm.metrics.get(primary)
+        return figures.quality(row.arm, row.record).get(primary)
 
     def speed(row: Standing) -> Interval | None:
         return row.arm.test_speedup
@@ -86,7 +86,7 @@ def _draw(curves: Sequence[Curve], width: float) -> Drawn:
     heights = [frame + 27] * len(panels)
     shown = [point.arm for each in panels for point in each[0].points]
     figure, corners = style.cells(width, heights, legend, style.foot(shown, width, "Bands: 95 % intervals."))
-    own = record.baseline().metrics.get(primary)
+    own = figures.quality(record.baseline(), record).get(primary)
     flat = {1: own.value if own and style.believed(own.value, style.LARGEST) else None, 2: 1.0}
     heading = text(figures.heading(record, primary))
     titles = {1: wrapped(heading, frame + 10, 1)[0], 2: "speed-up (×) ↑"}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from effbench.errors import InvalidError
-from effbench.records import Arm, Envelope, Interval, MetricValue
+from effbench.records import Arm, Envelope, Interval, MetricValue, in_interval
 from effbench.report import figures
 from effbench.report.plot_text import FONT, LINE, SIZE, SMALL, length, rows_of, text, wrapped
 from effbench.report.standings import Standing
@@ -161,15 +161,14 @@ def label(arm: Arm) -> str:
 
 def sides(figure: Interval | MetricValue, most: float) -> tuple[float, float] | None:
     """How far the interval reaches below and above; None where there is none, or the figure lies outside of it."""
-    low, high = figure.low, figure.high
-    if low is None or high is None or not low <= figure.value <= high:
+    if not in_interval(figure):
         return None
-    return figure.value - max(low, -most), min(high, most) - figure.value
+    return figure.value - max(figure.low, -most), min(figure.high, most) - figure.value
 
 
 def odd(figure: Interval | MetricValue | None) -> bool:
     """Whether a figure does not lie in its own interval, as only a file that was edited by hand has it."""
-    return figure is not None and None not in (figure.low, figure.high) and sides(figure, math.inf) is None
+    return figure is not None and None not in (figure.low, figure.high) and not in_interval(figure)
 
 
 def without_interval(arms: Iterable[Arm]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import NamedTuple
 
 from effbench import store
 from effbench.errors import InvalidError
-from effbench.report.standings import Brief, brief
+from effbench.report.markdown import clean
+from effbench.report.standings import Brief, Group, arrange, brief
 
 CHUNK = 250  # records that a process reads at a time
 MANY = 4000  # records from which on a second process pays
@@ -29,22 +31,39 @@ class Found(NamedTuple):
     problem: str = ""
 
 
-def briefs(root: Path, problems: list[str]) -> Iterator[Brief]:
-    """`standings.brief` of the records under `root/records`, none of which is kept; like `store.each`.
+def groups(root: Path, problems: list[str]) -> list[Group]:
+    """`standings.arrange` of the records under `root/records`, none of which is kept; like `store.each`.
 
     Args:
         problems: gets one sentence for each record that is left out.
     """
     names = store.names(root)
+    seen: dict[bytes, list[str]] = defaultdict(list)
+    found = arrange(_briefs(root, names, seen, problems))
+    left_out = store.doubled(root, seen)
+    problems += left_out.values()
+    if any(first in left_out for first, *_ in seen.values()):
+        # it was placed before the record was met that contradicts it: once more without both
+        found = arrange(_briefs(root, [name for name in names if name not in left_out], defaultdict(list), []))
+    return found
+
+
+def _briefs(root: Path, names: list[str], seen: dict[bytes, list[str]], problems: list[str]) -> Iterator[Brief]:
+    """What places the records of these names; of those with one fingerprint the first.
+
+    Args:
+        seen: gets the names by fingerprint. problems: gets one sentence for each that cannot be read.
+    """
     chunks = [(str(root), names[at : at + CHUNK]) for at in range(0, len(names), CHUNK)]
-    seen: dict[bytes, str] = {}
     with _pool(len(names)) as pool:
         for found in pool.imap(_read, chunks) if pool else map(_read, chunks):
             for each in found:
-                problem = each.problem or store.copied(root, each.name, each.fingerprint, seen)
-                if problem:
-                    problems.append(problem)
-                else:
+                if each.brief is None:
+                    problems.append(each.problem)
+                    continue
+                same = seen[each.fingerprint]
+                same.append(each.name)
+                if len(same) == 1:
                     yield each.brief
 
 
@@ -72,7 +91,7 @@ def _read(chunk: tuple[str, list[str]]) -> list[Found]:
         try:
             record = store.member(root, name)
         except InvalidError as error:
-            found.append(Found(name, None, problem=str(error)))
+            found.append(Found(name, None, problem=clean(str(error), None)))
         else:
             found.append(Found(name, brief(record, known), store.fingerprint(record)))
     return found

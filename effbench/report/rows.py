@@ -5,22 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from effbench.report import figures
-from effbench.report.markdown import clean
+from effbench.report.markdown import clean, command
 from effbench.report.standings import Section, Standing
 from effbench.spreadsheet import plain_cell
 from effbench.store import bounds, created
 
-SCHEMA = 1  # of leaderboard.json; columns may be added under one number, none is renamed or changes its meaning
-#: characters that begin a formula in a spreadsheet, as they are and in full width
+SCHEMA = 2  # of leaderboard.json; columns may be added under one number, none is renamed or changes its meaning
 
 
 def row(section: Section, standing: Standing) -> dict[str, Any]:
-    """One arm of one envelope; what was not measured is None.
+    """One arm of one envelope; what was not measured, or says nothing, is None. Rank what shares envelope and metric.
 
     Ratios and fractions as they are, time in seconds, memory in bytes, FLOPs per image-caption pair (1 MAC = 2 FLOPs).
     """
     arm, record, envelope = standing.arm, standing.record, section.envelope
-    value = arm.metrics.get(record.primary_metric)
+    value = figures.quality(arm, record).get(record.primary_metric)
     flops, noise = arm.test_flops, record.control("noop")
     found = dict(
         envelope=section.digest,
@@ -58,7 +57,8 @@ def row(section: Section, standing: Standing) -> dict[str, Any]:
         promised=arm.promised,
         realised=arm.realised,
         weight_bytes=arm.weight_bytes or None,
-        peak_bytes=figures.peak(arm.memory),
+        tensor_peak_bytes=arm.memory and arm.memory.tensor_peak,
+        process_peak_bytes=arm.memory and arm.memory.run_peak,
         metric=record.primary_metric,
         unit=value and value.unit,
         higher_is_better=value and value.higher_is_better,
@@ -72,7 +72,7 @@ def row(section: Section, standing: Standing) -> dict[str, Any]:
         front_probability=standing.probability,
         below=" ".join(standing.below),
     )
-    found |= bounds("noise_floor", noise and noise.test_speedup) | {"command": record.provenance.command}
+    found |= bounds("noise_floor", noise and noise.test_speedup) | {"command": command(record.provenance.command)}
     return found
 
 

@@ -48,12 +48,13 @@ def print_record(record: Record, console: Console) -> None:
         console.print(_time(arms, figures.timed_batch(record)))
     if any(arm.decoding for arm in arms):
         console.print(_writing(arms, record))
-    shown = 8 if console.width >= WIDE else MAX_METRICS
-    console.print(_quality(arms, record, shown))
-    hidden_metrics = len(figures.metric_names(record, arms)) - shown
-    if hidden_metrics > 0:
-        more = "1 more metric is" if hidden_metrics == 1 else f"{hidden_metrics} more metrics are"
-        console.print(Text(f"{more} on the page", style="dim"))
+    if not figures.untaught(envelope):
+        shown = 8 if console.width >= WIDE else MAX_METRICS
+        console.print(_quality(arms, record, shown))
+        hidden_metrics = len(figures.metric_names(record, arms)) - shown
+        if hidden_metrics > 0:
+            more = "1 more metric is" if hidden_metrics == 1 else f"{hidden_metrics} more metrics are"
+            console.print(Text(f"{more} on the page", style="dim"))
     console.print(answers.lines(record.baseline()))
     if training_costs.any_own(arms):
         console.print(_training(arms, record))
@@ -75,7 +76,8 @@ def print_record(record: Record, console: Console) -> None:
         )
     )
     if any(arm.test_speedup for arm in arms):
-        console.print(Text(f"this machine: {figures.calibration(record.calibration)}\n{figures.precision(record)}"))
+        machine = clean(figures.calibration(record.calibration), None)
+        console.print(Text(f"this machine: {machine}\n{figures.precision(record)}"))
     for arm in arms:
         if arm.method_speedup and kernel and kernel.test_speedup and arm.kind == "method":
             theirs = record.baseline().kernels
@@ -98,7 +100,7 @@ def print_record(record: Record, console: Console) -> None:
     notes += [
         f"{arm.name}: {value.note}"
         for arm in arms
-        if (value := arm.metrics.get(record.primary_metric))
+        if (value := figures.quality(arm, record).get(record.primary_metric))
         and value.note
         and (value.lossiness or arm.kind == "baseline")
     ]
@@ -200,7 +202,7 @@ def _writing(arms: list[Arm], record: Record) -> Table:
             figures.ratio(found.per_token_speedup).replace(" [", "\n["),
             figures.number(found.tokens_per_second) if found.tokens_per_second else figures.NONE,
             figures.mebibytes(found.cache_bytes),
-            str(found.prefix),
+            figures.NONE if found.prefix is None else str(found.prefix),
             figures.billions(found.prefill_flops),
             figures.billions(found.decode_flops),
         ]
@@ -227,8 +229,9 @@ def _quality(arms: list[Arm], record: Record, most: int) -> Table:
     headings = [clean(figures.heading(record, name)).replace(" ", "\n", 1) for name in names]
 
     def cells(arm: Arm) -> list[str | Text]:
-        values = [figures.metric(arm.metrics.get(name), interval=figures.sure(name, primary)) for name in names]
-        values.insert(0, figures.lossiness(arm.metrics.get(primary)))
+        found = figures.quality(arm, record)
+        values = [figures.metric(found.get(name), interval=figures.sure(name, primary)) for name in names]
+        values.insert(0, figures.lossiness(found.get(primary)))
         return [Text(clean(value).replace(" [", "\n[")) for value in values]
 
     return _fill(_table("Quality", [f"lossy-ness\n{clean(primary)}", *headings]), arms, cells)
@@ -255,7 +258,8 @@ def _training(arms: list[Arm], record: Record) -> Table:
         ]
 
     found = record.baseline().economics
-    goal = f" {training_costs.quality(found, found.target, record)}" if found and found.target is not None else ""
+    target = training_costs.quality(found, found and found.target, record)
+    goal = "" if target == figures.NONE else f" {target}"
     title = f"Training (target: dev {primary}{goal}, {training_costs.share(own)} of the baseline's best)"
     return _fill(_table(title, columns), own, cells)
 
@@ -285,4 +289,5 @@ def _against(arms: list[Arm], record: Record, controls: list[str]) -> Table:
 def _stack(arm: Arm, record: Record) -> str:
     text = f"{arm.name}: {figures.ratio(arm.test_speedup)}, the product of its parts {figures.product(arm, record)}"
     text += f", interaction {figures.factor(arm.interaction.speedup)}"
-    return text + f"; of lossy-ness {figures.factor(arm.interaction.quality)}"
+    quality = arm.interaction.quality if figures.quality(arm, record) else None
+    return text + f"; of lossy-ness {figures.factor(quality)}"

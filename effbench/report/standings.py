@@ -6,7 +6,7 @@ measurement that did not fail is the one that is shown.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -66,6 +66,7 @@ class Brief(NamedTuple):
     created: datetime
     envelope: Envelope
     digest: str
+    metric: str
     why_invalid: str | None  # None: valid
     arms: dict[Key, Past]
 
@@ -81,6 +82,7 @@ class Section:
         runs, invalid_runs: how many records there are, shown or not.
         history: by arm (`key`) its newest `HISTORY` measurements, oldest first.
         digest, newest: of the envelope; when its newest record was made.
+        metric: the primary one. anchor: names the section, see `arrange`.
     """
 
     envelope: Envelope
@@ -92,6 +94,8 @@ class Section:
     history: dict[Key, list[Past]] = field(default_factory=dict)
     digest: str = ""
     newest: datetime = datetime.min.replace(tzinfo=UTC)
+    metric: str = ""
+    anchor: str = ""
 
 
 def sections(records: Iterable[Record]) -> list[Section]:
@@ -124,7 +128,7 @@ def brief(record: Record, known: dict[str, tuple[str, Envelope]] | None = None) 
     if text not in known:
         known[text] = record.envelope.digest, record.envelope
     digest, envelope = known[text]
-    return Brief(record.id, when, envelope, digest, why, arms)
+    return Brief(record.id, when, envelope, digest, record.primary_metric, why, arms)
 
 
 def _bounds(figure: Interval | None) -> tuple[float | None, float | None, float | None]:
@@ -137,7 +141,9 @@ class Group:
 
     envelope: Envelope
     digest: str
+    metric: str
     newest: tuple[datetime, str]
+    anchor: str = ""
     runs: int = 0
     invalid_runs: int = 0
     invalid: list[tuple[datetime, str, str]] = field(default_factory=list)
@@ -149,15 +155,19 @@ class Group:
 def arrange(briefs: Iterable[Brief]) -> list[Group]:
     """The envelopes of records that need not fit into memory, in the order of `sections`.
 
+    Records of one envelope that are judged by different metrics are apart (a task's author may choose another one). The
+    newest of such groups has the envelope's digest for its anchor, an older one a number after it.
+
     Args:
         briefs: of all records, in any order; they are not kept.
     """
-    groups: dict[str, Group] = {}
+    groups: dict[tuple[str, str], Group] = {}
     for each in briefs:
         when = each.created, each.id
-        group = groups.get(each.digest)
+        group = groups.get((each.digest, each.metric))
         if group is None:
-            group = groups[each.digest] = Group(each.envelope, each.digest, when)
+            group = Group(each.envelope, each.digest, each.metric, when)
+            groups[each.digest, each.metric] = group
         group.newest = max(group.newest, when)
         if each.why_invalid is not None:
             group.invalid_runs += 1
@@ -169,6 +179,10 @@ def arrange(briefs: Iterable[Brief]) -> list[Group]:
             group.best[name] = max(group.best.get(name, (False, *when)), (past.status == "ok", *when))
             _remember(group.history[name], past)
     order = sorted(groups.values(), key=lambda group: group.newest, reverse=True)
+    met: Counter[str] = Counter()
+    for group in order:
+        met[group.digest] += 1
+        group.anchor = f"{group.digest}-{met[group.digest]}" if met[group.digest] > 1 else group.digest
     return sorted(order, key=lambda group: (group.envelope.synthetic, group.envelope.task))
 
 
@@ -205,6 +219,8 @@ def section(group: Group, read: Callable[[str], Record]) -> Section:
         history={name: sorted(past, key=_when)[-HISTORY:] for name, past in group.history.items()},
         digest=group.digest,
         newest=group.newest[0],
+        metric=group.metric,
+        anchor=group.anchor,
     )
 
 

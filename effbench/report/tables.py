@@ -72,7 +72,7 @@ def quality(rows: list[Standing], record: Record) -> str:
     header += [escape(each.replace("_", " ") if figures.is_cosine(each) else f"agrees in {each}") for each in shared]
 
     def cells(row: Standing) -> list[str]:
-        found = row.arm.metrics
+        found = figures.quality(row.arm, row.record)
         values = [figures.metric(found.get(each), interval=figures.sure(each, primary)) for each in names]
         agreement = [figures.agreement(row.arm, each) for each in shared]
         claim = figures.no_loss(found.get(primary))
@@ -90,13 +90,14 @@ def stacks(rows: list[Standing], primary: str) -> str:
     def cells(row: Standing) -> list[str]:
         arm, found = row.arm, row.arm.interaction
         parts = [f"{part} {speed:.2f}x" for part, speed in figures.alone(arm, row.record).items()]
+        value = figures.quality(arm, row.record).get(primary)
         return [
             escape(", ".join(parts), 400) or NONE,
             figures.ratio(arm.test_speedup),
             figures.product(arm, row.record),
             figures.factor(found and found.speedup),
-            escape(figures.lossiness(arm.metrics.get(primary))),
-            figures.factor(found and found.quality),
+            escape(figures.lossiness(value)),
+            figures.factor(found.quality if found and value else None),
         ]
 
     return _table([row for row in rows if row.arm.interaction], header, cells)

@@ -22,8 +22,8 @@ def metric(found: Economics | None, record: Record) -> str:
 
 
 def quality(found: Economics | None, value: float | None, record: Record) -> str:
-    """A value of the primary metric on dev."""
-    if found is None or value is None:
+    """A value of the primary metric on dev, where it says something."""
+    if found is None or value is None or figures.untaught(record.envelope):
         return NONE
     name = metric(found, record)
     known = next((arm.metrics[name] for arm in record.arms if name in arm.metrics), None)

@@ -43,9 +43,8 @@ def sentences(rows: Sequence[Standing]) -> list[str]:
 def _answer(rows: Sequence[Standing], methods: list[Standing], measured: list[Standing]) -> str:
     count = f"{len(methods)} method{'' if len(methods) == 1 else 's'}"
     if not measured:
-        losses = [
-            row for row in methods if (found := row.arm.metrics.get(row.record.primary_metric)) and found.lossiness
-        ]
+        known = [(row, figures.quality(row.arm, row.record).get(row.record.primary_metric)) for row in methods]
+        losses = [row for row, value in known if value and value.lossiness]
         best = min(losses, key=_loss, default=None)
         least = f"; the least lossy is {_name(best)}: {figures.lossiness(_value(best))}" if best else ""
         return f"No speed-up was measured ({count}){least}."
