@@ -177,8 +177,9 @@ def test_a_quality_drop_that_costs_nothing(measure, reference):
 
 def test_a_quality_drop_of_trained_arms_beyond_what_training_varies(trained):
     """The tolerance is wide where training is in play: here every test image changes its rank for the worse."""
-    arms = []
-    for arm in trained.arms:
+    bare = tuple(arm.model_copy(update=dict(fingerprint=None)) for arm in trained.arms)  # equal outputs have none
+    trained, arms = trained.model_copy(update=dict(arms=bare)), []
+    for arm in bare:
         held = {}
         for name, metric in arm.metrics.items():
             step = 2 * (metric.high - metric.low) + 20
