@@ -3,7 +3,7 @@
 The samples are of this machine: a night in which base and head are the same commit, with many sets of processes.
 
     effbench gate --times --reference HEAD --head HEAD --processes 16 --budget 70m --samples aa.parquet
-    python benchmarks/gate_rates.py aa.parquet --processes 5 --turns 80
+    python benchmarks/gate_rates.py aa.parquet --processes 6 --turns 80
 
 A simulated night draws whole sets of processes (all cells of a set together, for what disturbs a machine disturbs all
 of them), and within each cell blocks of turns (moving-block bootstrap, Kuensch, Ann. Statist. 17, 1989), for the first
@@ -142,7 +142,7 @@ def bound(hits: int, of: int, upper: bool) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", nargs="?", type=Path, help="of effbench gate --times --samples")
-    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=6)
     parser.add_argument("--turns", type=int, default=80)
     parser.add_argument("--nights", type=int, default=3000)
     parser.add_argument("--planted", type=int, default=1000, help="nights with a planted slow-down")

@@ -51,7 +51,7 @@ class Plan:
     cells: Sequence[Cell]
     head: str | None = None
     turns: int = 80
-    processes: int = 5
+    processes: int = 6
     budget: float = 900.0
     seed: int = 0
     device: str = "cpu"
@@ -208,15 +208,15 @@ def judge(look: Look) -> Judged:
     if not twins:
         invalid = "no cell could be measured with a twin of base, so that tonight's noise is not known"
         return Judged(errors, estimates, dict.fromkeys(estimates, False), same, None, invalid)
-    floor = stats.noise_floor(list(twins.values()))
+    floor = stats.noise_floor(list(twins.values()), common)
     invalid = ""
     if floor > stats.LOUD:
         invalid = (
             f"tonight's noise floor is {100 * floor:.1f} %: a change of {100 * stats.LOUD:.0f} % would not be seen; "
             "run it when the machine is quiet"
         )
-    for place, each in same.items():
-        if each.beyond(stats.MARGIN) and each.sure:
+    for (place, each), outside in zip(same.items(), stats.flagged(list(same.values()), 0.0), strict=True):
+        if outside:
             invalid = (
                 f"base against base is outside its band in {look.cells[place].name}: {_change(each)}; "
                 "something disturbed one of the processes"

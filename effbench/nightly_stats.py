@@ -21,13 +21,12 @@ LEVEL = 0.95  # of the intervals that are shown
 LOUD = 0.05  # noise floor from which on a night can tell nothing: a slow-down of 5 % would go unseen
 LEAST_TURNS = 12  # of a process pair
 LEAST_PROCESSES = 3
-#: variance of the median of n independent normal values, in units of theirs; beyond the table pi / (2 n)
-MEDIAN_VARIANCE = {1: 1.0, 2: 0.5, 3: 0.4487, 4: 0.2982, 5: 0.2868, 6: 0.2147, 7: 0.2104, 8: 0.1682, 9: 0.1661}
+EXACT = 1e-9  # standard deviation of an effect that was measured without any noise
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Of one process pair in one cell: the median log ratio, and the variance that its turns alone give that median."""
+    """Of one process pair in one cell: the log ratio, and the variance that its turns alone give it."""
 
     middle: float
     variance: float
@@ -82,47 +81,54 @@ class Estimate:
 
 
 def effect(base: Sequence[float], head: Sequence[float]) -> Effect:
-    """The effect in one process pair.
+    """The effect in one process pair: the mean of the medians of the turns that base and that head began.
 
-    Two turns of opposite order are averaged first: what the place within a turn costs cancels.
+    What the place within a turn costs cancels so, and the turns keep their number.
 
     Args:
         base, head: seconds, (turns,) each, at least two. Turn i of both was measured side by side, and turns 2 k and
             2 k + 1 in opposite order.
     """
     ratios = np.log(np.asarray(head) / np.asarray(base))
-    twos = ratios[: len(ratios) // 2 * 2].reshape(-1, 2).mean(axis=1)
-    middle = float(np.median(twos))
-    sd = 1.4826 * float(np.median(np.abs(twos - middle)))
-    return Effect(middle, sd**2 * math.pi / (2 * len(twos)))
+    ways = [ratios[0::2], ratios[1::2]]
+    middles = [float(np.median(way)) for way in ways]
+    away = np.concatenate([np.abs(way - middle) for way, middle in zip(ways, middles, strict=True)])
+    sd = 1.4826 * float(np.median(away))
+    return Effect(sum(middles) / 2, sd**2 * math.pi / (2 * len(ratios)))
 
 
 def spread(cells: Iterable[Sequence[Effect]]) -> Spread:
     """The process-to-process variance, pooled over cells: three process pairs alone would tell almost nothing.
 
+    The moment estimator of DerSimonian and Laird (Controlled Clinical Trials 7, 1986), which gives a process pair that
+    was measured in a loud minute little weight.
+
     Args:
         cells: effects of each, one per process pair; those of two identical versions may be among them.
     """
-    beyond, dof = 0.0, 0
+    beyond = scale = 0.0
+    dof = 0
     for found in cells:
         if len(found) > 1:
-            between = float(np.var([each.middle for each in found], ddof=1))
-            within = float(np.mean([each.variance for each in found]))
-            beyond += (len(found) - 1) * (between - within)
+            middles, weights = _weighed(found, 0.0)
+            mean = np.average(middles, weights=weights)
+            beyond += float(weights @ (middles - mean) ** 2) - (len(found) - 1)
+            scale += float(weights.sum() - (weights**2).sum() / weights.sum())
             dof += len(found) - 1
-    return Spread(max(0.0, beyond / dof) if dof else 0.0, dof)
+    return Spread(max(0.0, beyond / scale) if dof else 0.0, dof)
 
 
 def estimate(found: Sequence[Effect], common: Spread) -> Estimate:
-    """Median over process pairs of the median log ratio of each, with an interval that holds both levels of variance.
+    """Mean over process pairs of the effect of each, weighed by its precision: how loud the machine is changes within
+    minutes, and a quiet pair tells as much as ten loud ones. The interval holds both levels of variance.
 
     Args:
         found: in one cell, one per process pair.
         common: of the night.
     """
-    middle = float(np.median([each.middle for each in found]))
-    variance = common.variance + float(np.mean([each.variance for each in found]))
-    error = math.sqrt(max(variance * _median_variance(len(found)), 1e-18))
+    middles, weights = _weighed(found, common.variance)
+    middle = float(np.average(middles, weights=weights))
+    error = math.sqrt(1 / float(weights.sum()))
     dof = max(common.dof, 1)
     reach = float(t.ppf((1 + LEVEL) / 2, dof)) * error
     return Estimate(
@@ -134,17 +140,28 @@ def estimate(found: Sequence[Effect], common: Spread) -> Estimate:
     )
 
 
-def noise_floor(twins: Sequence[Sequence[Effect]]) -> float:
+def noise_floor(twins: Sequence[Sequence[Effect]], common: Spread) -> float:
     """Relative change that a cell of two identical versions exceeds one night in twenty.
 
     From all process pairs of base against base, taken around 0: a standing difference between two workers is noise.
 
     Args:
         twins: by cell, effects of base against base; at least one.
+        common: of the night.
     """
-    found = [each.middle for effects in twins for each in effects]
-    width = math.sqrt(float(np.mean(np.square(found))) * _median_variance(min(map(len, twins))))
-    return math.expm1(float(t.ppf((1 + LEVEL) / 2, len(found))) * width)
+    squares, errors = [], []
+    for found in twins:
+        middles, weights = _weighed(found, common.variance)
+        squares += list(weights * middles**2)
+        errors.append(1 / float(weights.sum()))
+    width = math.sqrt(float(np.mean(squares)) * float(np.mean(errors)))
+    return math.expm1(float(t.ppf((1 + LEVEL) / 2, len(squares))) * width)
+
+
+def _weighed(found: Sequence[Effect], between: float) -> tuple[np.ndarray, np.ndarray]:
+    """Effects of process pairs, and the inverse of the variance of each; what is exact counts as nearly so."""
+    variances = between + np.array([each.variance for each in found])
+    return np.array([each.middle for each in found]), 1 / np.maximum(variances, EXACT**2)
 
 
 def flagged(estimates: Sequence[Estimate], floor: float) -> list[bool]:
@@ -169,7 +186,3 @@ def recurs(first: Estimate, again: Estimate, both: Estimate, floor: float) -> bo
         both: from the process pairs of both measurements.
     """
     return again.sure and again.direction == first.direction and both.beyond(max(MARGIN, floor))
-
-
-def _median_variance(number: int) -> float:
-    return MEDIAN_VARIANCE.get(number, math.pi / (2 * number))

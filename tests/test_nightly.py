@@ -44,6 +44,17 @@ def test_the_effect_is_the_median_and_the_place_within_a_turn_cancels():
     assert effect(base, disturbed).middle == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_loud_process_counts_little():
+    rng = np.random.default_rng(4)
+    errors = dict(weighed=[], mean=[])
+    for _ in range(200):
+        cell = [a_pair(rng, process_sd=0.003, turn_sd=sd) for sd in (0.03, 0.04, 0.2, 0.2, 0.2)]
+        found = estimate(cell, spread([cell] * 8))
+        errors["weighed"].append(math.log(found.ratio))
+        errors["mean"].append(np.mean(np.log(found.processes)))
+    assert np.std(errors["weighed"]) < 0.6 * np.std(errors["mean"])
+
+
 def test_an_estimate_of_exact_times_is_exact():
     slower = [effect([0.02] * 12, [0.021] * 12)] * 3
     found = estimate(slower, spread([slower]))
@@ -69,9 +80,11 @@ def test_the_interval_holds_the_process_to_process_variance():
 
 def test_the_noise_floor_grows_with_the_noise_and_sees_a_standing_difference():
     rng = np.random.default_rng(2)
-    floors = [noise_floor([a_cell(rng, process_sd=sd, turn_sd=0.01) for _ in range(4)]) for sd in (0.002, 0.01, 0.04)]
+    nights = [[a_cell(rng, process_sd=sd, turn_sd=0.01) for _ in range(4)] for sd in (0.002, 0.01, 0.04)]
+    floors = [noise_floor(night, spread(night)) for night in nights]
     assert floors[0] < 0.005 < floors[1] < 0.02 < floors[2] < 0.09
-    assert noise_floor([a_cell(rng, 1.04, process_sd=0.002, turn_sd=0.01)]) > 0.03
+    shifted = [a_cell(rng, 1.04, process_sd=0.002, turn_sd=0.01)]
+    assert noise_floor(shifted, spread(shifted)) > 0.03
 
 
 def made(ratio, p, low=None, high=None):
@@ -417,7 +430,7 @@ def test_a_planted_slow_down_is_found_between_two_real_versions(tmp_path, monkey
         + "TokenPrune.edit_model = _slower\n"
     )
     # one set of processes tells no noise, and a test machine may be loud: the statistics are tested above
-    monkeypatch.setattr(nightly_stats, "noise_floor", lambda twins: 0.04)
+    monkeypatch.setattr(nightly_stats, "noise_floor", lambda twins, common: 0.04)
     monkeypatch.setattr(nightly_stats, "spread", lambda cells: Spread(0.01, 20))
     monkeypatch.setattr(nightly_stats, "MARGIN", 0.5)
     cell = Cell(backbone="timm:test_vit", weights="random", method="token_prune:keep=0.5,at=2", batch=1)

@@ -64,7 +64,7 @@ def gate(
         Path | None, typer.Option(metavar="FILE", help="What to time, as YAML.", rich_help_panel=TIMES)
     ] = None,
     pairs: Annotated[int, typer.Option(min=12, help="Turns of a cell, at most.", rich_help_panel=TIMES)] = 80,
-    processes: Annotated[int, typer.Option(min=3, help="Sets of fresh processes.", rich_help_panel=TIMES)] = 5,
+    processes: Annotated[int, typer.Option(min=3, help="Sets of fresh processes.", rich_help_panel=TIMES)] = 6,
     budget: Annotated[
         float,
         typer.Option(parser=duration, metavar="TIME", show_default="15m", help="For all.", rich_help_panel=TIMES),
