@@ -158,6 +158,6 @@ def test_quick_fills_in_what_is_not_set(monkeypatch):
     monkeypatch.setattr("effbench.start.run", lambda methods, task, **options: asked.update(options))
     assert main(["run", "--task", "scenes", "--quick", "--epochs", "5", "--timing-pairs", "30"]) == 0
     quick = {name: asked[name] for name in ("epochs", "timing_pairs", "data_share", "batch_size", "memory_runs")}
-    assert quick == dict(epochs=5, timing_pairs=30, data_share=0.25, batch_size=32, memory_runs=1)
+    assert quick == dict(epochs=5, timing_pairs=30, data_share=0.25, batch_size=64, memory_runs=1)
     assert main(["run", "--task", "scenes"]) == 0
     assert (asked["data_share"], asked["batch_size"], asked["memory_runs"]) == (1.0, None, 3)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -251,7 +252,10 @@ def test_a_script_without_a_guard_and_ctrl_c(arms, tmp_path):
         "print('started', probe(arms.allocates, 1, 1)[1], flush=True)\n"
         f"probe(arms.hangs, {str(tmp_path / 'pid')!r})\n"
     )
-    command = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell starts its background jobs deaf to Ctrl-C, and the tests may run in one
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = subprocess.Popen([sys.executable, script], preexec_fn=hear, **pipes)
     assert command.stdout.readline().split() == ["started"]
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     command.send_signal(signal.SIGINT)

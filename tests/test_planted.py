@@ -35,7 +35,7 @@ TRAINED = dict(train="locked", epochs=2, batch_size=8)
 @pytest.fixture(scope="module")
 def measure(tmp_path_factory):
     """Run the harness on tiny data; a plant is done to every model that it builds."""
-    data, out = flickr8k(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("out")
+    data = flickr8k(tmp_path_factory.mktemp("data"))
     build = Timm.dual_encoder
 
     def run(plant=None, methods=(METHOD,), **options):
@@ -48,6 +48,7 @@ def measure(tmp_path_factory):
             if plant:
                 patch.setattr(Timm, "dual_encoder", planted)
             live = Live(Console(quiet=True))
+            out = tmp_path_factory.mktemp("out")  # two runs of one second have one name
             return effbench.run(methods, data=data, out=out, live=live, **SMALL | options)
 
     return run

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 What, Training, Timing, Running = "What is compared", "Training", "Timing", "Running"
 Writing = "Captioning"
 #: what --quick asks for in place of the defaults
-QUICK = dict(data_share=0.25, epochs=2, batch_size=32, timing_pairs=10, memory_runs=1)
+QUICK = dict(data_share=0.25, epochs=4, batch_size=64, timing_pairs=10, memory_runs=1)
 
 
 def run(
