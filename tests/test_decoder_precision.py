@@ -206,10 +206,12 @@ def test_a_compiled_decoder_has_two_graphs_whatever_the_lengths(traced):
     assert torch.equal(found, expected)
     assert graphs(model.language.body) == 2 and graphs(model.connector) == 1
     assert "LlamaModel: 2 graphs" in notes("compile", model)
-    split = Split({"image": model.image_encoder, "decoder": model.language}, model, Clock("cpu"))
+    parts = {"image": model.image_encoder, "connector": model.connector, "decoder": model.language}
+    split, call = Split(parts, model, Clock("cpu")), model.connector._compiled_call_impl
     with torch.inference_mode(), split:
         _, seconds = split.clock.timed(lambda: write(model))
-    assert {"image", "prefill", "decode"} <= split.seconds(seconds).keys() and graphs(model.language.body) == 2
+    assert {"image", "connector", "prefill", "decode"} <= split.seconds(seconds).keys()
+    assert graphs(model.language.body) == 2 and model.connector._compiled_call_impl is call and call.graphs == 1
     assert flops_of(lambda: write(model), model).macs == flops_of(lambda: write(plain), plain).macs
 
 

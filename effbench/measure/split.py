@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -43,19 +44,33 @@ class Split:
 
     def __enter__(self) -> Split:
         self.marks, self.open = [], []
-        self.handles = []
+        self.undo = ExitStack()
         for name, module in self.modules:
-            self.handles.append(
-                module.register_forward_pre_hook(lambda m, *_, name=name: self.enter(getattr(m, "part", name)))
-            )
-            self.handles.append(
-                module.register_forward_hook(lambda m, *_: self.leave(getattr(m, "rest", "head")), always_call=True)
-            )
+            if module._compiled_call_impl is not None:
+                self._around_compiled(name, module)
+                continue
+            before = module.register_forward_pre_hook(lambda m, *_, name=name: self.enter(getattr(m, "part", name)))
+            after = module.register_forward_hook(lambda m, *_: self.leave(getattr(m, "rest", "head")), always_call=True)
+            self.undo.callback(before.remove)
+            self.undo.callback(after.remove)
         return self
 
+    def _around_compiled(self, name: str, module: nn.Module) -> None:
+        """Mark the calls of a module that is compiled whole: hooks would be traced, and a clock breaks the graph."""
+        compiled = module._compiled_call_impl
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.enter(name)
+            try:
+                return compiled(*args, **kwargs)
+            finally:
+                self.leave()
+
+        module._compiled_call_impl = timed
+        self.undo.callback(setattr, module, "_compiled_call_impl", compiled)
+
     def __exit__(self, *_: Any) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.undo.close()
 
     def seconds(self, total: float) -> dict[str, float]:
         """Seconds by part of the step that took `total`; what is left goes to what came last, so that they add up."""
