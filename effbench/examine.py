@@ -99,7 +99,7 @@ def _fingerprint(experiment: Experiment, model: nn.Module, training: Arm | None)
         with torch.inference_mode():
             outputs = dict(task.look(model, batch))
             if frozen and (features := task.frozen_features(model, batch["image"])) is not None:
-                outputs[records.FROZEN] = features
+                outputs[records.FROZEN_TOWER] = features
             return fingerprint(outputs, len(rows))
     finally:
         randomness.set_state(outer)

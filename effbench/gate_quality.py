@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from effbench.records import FROZEN, Arm, Fingerprint, MetricValue, Protocol, Provenance, Record
+from effbench.records import FROZEN_TOWER, Arm, Fingerprint, MetricValue, Protocol, Provenance, Record
 from effbench.report.markdown import clean
 
 #: relative distance of outputs that two platforms' rounding may make; measured on scenes: 7e-8 between 1 and 2 threads,
@@ -36,7 +36,7 @@ def computed(reference: Record, run: Record, old: Arm, new: Arm) -> Iterator[Row
         yield "outputs", *names, "to the bit", "PASS"
         return
     apart = distance(was.vectors, now.vectors)
-    said = "differ by more than can be said" if apart is None else f"differ by {100 * apart:.2g} %"
+    said = _amount(apart)
     other = elsewhere(reference, run)
     if not other:
         yield "outputs", *names, f"{said}; on the same platform they must be equal to the bit", "CHANGED"
@@ -52,14 +52,18 @@ def computed(reference: Record, run: Record, old: Arm, new: Arm) -> Iterator[Row
 
 def _frozen(was: Fingerprint, now: Fingerprint, other: str) -> Iterator[Row]:
     """What a frozen tower gives, which no training changes; nothing where the reference does not have it."""
-    vectors = [{name: found for name, found in each.vectors.items() if name == FROZEN} for each in (was, now)]
+    vectors = [{name: found for name, found in each.vectors.items() if name == FROZEN_TOWER} for each in (was, now)]
     if not vectors[0]:
         return
     apart = distance(*vectors)
-    said = "differ by more than can be said" if apart is None else f"differ by {100 * apart:.2g} %"
     same = apart is not None and apart <= ROUNDING
-    said += f"; {other}: {100 * ROUNDING:g} % are allowed"
+    said = f"{_amount(apart)}; {other}: {100 * ROUNDING:g} % are allowed"
     yield "outputs of the frozen tower", None, None, said, "PASS" if same else "CHANGED"
+
+
+def _amount(apart: float | None) -> str:
+    """How far outputs are from each other, by `distance`."""
+    return "differ by more than can be said" if apart is None else f"differ by {100 * apart:.2g} %"
 
 
 def quality(reference: Record, run: Record, old: Arm, new: Arm) -> Iterator[Row]:

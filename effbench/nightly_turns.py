@@ -37,10 +37,6 @@ def command(version: Version) -> list[str]:
     return [sys.executable, "-P", str(WORKER), str(version.home), *version.packages]
 
 
-class TooLate(InvalidError):
-    """A process did not answer in time."""
-
-
 class Worker:
     """A process that runs one version's cells.
 
@@ -74,14 +70,16 @@ class Worker:
         """The answer to the request before.
 
         Raises:
-            InvalidError: it ended, or says what cannot be read. TooLate: it says nothing for `timeout` seconds.
+            InvalidError: it ended, says nothing for `timeout` seconds, which ends it, or says what cannot be read.
         """
         deadline = time.monotonic() + timeout
         with selectors.DefaultSelector() as waiting:
             waiting.register(self.process.stdout, selectors.EVENT_READ)
             while b"\n" not in self.rest:
                 if not waiting.select(max(0.0, deadline - time.monotonic())):
-                    raise TooLate(f"the worker of {self.role} said nothing for {timeout:g} s", "try fewer cells")
+                    self.process.kill()  # a late answer would be taken for that of the next request
+                    self.process.wait()
+                    raise InvalidError(f"the worker of {self.role} said nothing for {timeout:g} s", "try fewer cells")
                 part = os.read(self.process.stdout.fileno(), 65536)
                 self.rest += part
                 if not part:
@@ -224,8 +222,6 @@ def _take_turns(
             worker = workers[place]
             try:
                 taken[worker.role] = worker.step(number, turn)
-            except TooLate:
-                raise  # its answer would be taken for that of the next step
             except InvalidError as error:
                 if worker.process.poll() is not None:
                     raise

@@ -282,7 +282,7 @@ class Structure(Model):
     masked_tokens: bool = Field(False, description="fewer tokens are claimed or attended to, but none is removed")
 
 
-FROZEN = "frozen tower"  # of a fingerprint, the output that no training changes
+FROZEN_TOWER = "frozen tower"  # of a fingerprint, the output that no training changes
 
 
 class Fingerprint(Model):

@@ -10,7 +10,7 @@ from effbench.commands.gate import gate
 from effbench.errors import InvalidError, UsageError
 from effbench.findings import refusal
 from effbench.gate import compare
-from effbench.records import FROZEN, Captioning, Fingerprint, Flops, Kernels, Structure
+from effbench.records import FROZEN_TOWER, Captioning, Fingerprint, Flops, Kernels, Structure
 
 FACTS = dict(
     test_flops=Flops(dense=1_000_000, useful=900_000, overhead=5),
@@ -191,7 +191,7 @@ def test_outputs_are_exact_here_and_nearly_so_elsewhere():
     assert verdict == "NOTE" and "only quality is judged" in said
     there["protocol"] = dict(train="locked")
     for apart, verdict in ((0.9e-3, None), (1.1e-3, "CHANGED")):
-        towers = [{"image": (3.0 + late, 4.0), FROZEN: (3.0 + 5 * late * apart, 4.0)} for late in (0, 1)]
+        towers = [{"image": (3.0 + late, 4.0), FROZEN_TOWER: (3.0 + 5 * late * apart, 4.0)} for late in (0, 1)]
         one, other_ = (Fingerprint(sha256=each * 64, vectors=v) for each, v in zip("ab", towers, strict=True))
         told = found(record("reference", fingerprint=one), record(**there, fingerprint=other_))
         assert told["outputs"][0] == "NOTE" and told.get("outputs of the frozen tower", (None,))[0] == verdict

@@ -147,8 +147,9 @@ def _check_options(context: typer.Context, times: bool, drift: bool) -> None:
 
     kind = "--times" if times else "--drift" if drift else "a gate on records"
     others = [*(() if times else OF_TIMES), *(() if drift else OF_DRIFT), *(OF_RECORDS if times or drift else ())]
+    asked = given(context)
     for name in others + ["reference"] * drift:
-        if name in given(context):
+        if name in asked:
             option = "RUN" if name == "run" else f"--{name}"
             hint = "add --times" if name in OF_TIMES and not drift else "add --drift" if name in OF_DRIFT else ""
             raise UsageError(f"{option} means nothing to {kind}", hint or "leave it out")

@@ -282,7 +282,8 @@ def run(
         log=log,
     )
     if quick:
-        asked |= {name: value for name, value in QUICK.items() if name not in given(context)}
+        told = given(context)
+        asked |= {name: value for name, value in QUICK.items() if name not in told}
     record = run_experiment(method or [], task, **asked)
     if record is None:
         return 0
