@@ -14,8 +14,8 @@ from typing import Any
 
 from effbench.errors import InvalidError
 from effbench.findings import Finding, Outcome
-from effbench.gate_quality import computed, computing, kind_of_device, quality
-from effbench.records import Arm, Envelope, Record
+from effbench.gate_quality import computed, computing, quality
+from effbench.records import Arm, Envelope, Record, kind_of_device
 from effbench.report.figures import by_layer
 from effbench.report.markdown import clean
 
@@ -163,7 +163,7 @@ def shown_beside(old: Any, new: Any) -> tuple[str, str]:
 
 def _compared(reference: Record, run: Record, old: Arm, new: Arm) -> Iterator[tuple[str, Any, Any, str, str]]:
     """Each figure of an arm: its name, both values, what is said, and PASS, CHANGED or NOTE."""
-    same_device = kind_of_device(reference.envelope.protocol) == kind_of_device(run.envelope.protocol)
+    same_device = kind_of_device(reference.envelope.protocol.device) == kind_of_device(run.envelope.protocol.device)
     same_libraries = computing(reference.provenance) == computing(run.provenance)
     for (figure, was), (_, now) in zip(_figures(old), _figures(new), strict=True):
         if was is None:

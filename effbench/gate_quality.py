@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from effbench.records import FROZEN_TOWER, Arm, Fingerprint, MetricValue, Protocol, Provenance, Record
+from effbench.records import FROZEN_TOWER, Arm, Fingerprint, MetricValue, Provenance, Record, kind_of_device
 from effbench.report.markdown import clean
 
 #: relative distance of outputs that two platforms' rounding may make; measured on scenes: 7e-8 between 1 and 2 threads,
@@ -132,11 +132,6 @@ def trained(record: Record) -> bool:
     return protocol.train != "none" and protocol.epochs > 0
 
 
-def kind_of_device(protocol: Protocol) -> str:
-    """cpu or cuda; which of several GPUs it was is told by the device's model."""
-    return protocol.device.partition(":")[0]
-
-
 def computing(source: Provenance) -> dict[str, str]:
     """Versions of the libraries that compute what a model gives."""
     return {name: version for name, version in source.versions.items() if name not in ("pandas", "pyarrow", "scipy")}
@@ -149,7 +144,7 @@ def elsewhere(reference: Record, run: Record) -> str:
         protocol, source = record.envelope.protocol, record.provenance
         facts.append(
             {
-                "kind of device": kind_of_device(protocol),
+                "kind of device": kind_of_device(protocol.device),
                 "device": record.envelope.device_model,
                 "number of threads": protocol.threads,
                 "processor's abilities": source.machine.get("cpu flags"),

@@ -21,7 +21,7 @@ from functools import cached_property
 
 from effbench import quantities
 from effbench.errors import InvalidError, UsageError
-from effbench.records import LEAST_SEEDS, Arm, Interval, MetricValue, Record, in_interval
+from effbench.records import LEAST_SEEDS, Arm, Interval, MetricValue, Record, in_interval, kind_of_device
 from effbench.registry import did_you_mean
 from effbench.report import figures
 from effbench.report.bouts import trained_apart
@@ -208,22 +208,17 @@ def bound(text: str) -> float:
         raise UsageError(message, "write 1% or 0.01") from None
 
 
-def kind(device: str) -> str:
-    """ "cuda" of "cuda:1"."""
-    return device.partition(":")[0]
-
-
 def _of_device(records: list[Record], device: str | None) -> tuple[list[Record], str]:
-    kinds = sorted({kind(record.envelope.protocol.device) for record in records})
+    kinds = sorted({kind_of_device(record.envelope.protocol.device) for record in records})
     if device is None and len(kinds) > 1:
         raise UsageError(f"the runs are of several devices: {_names(kinds)}", f"name one: --device {clean(kinds[0])}")
-    wanted = kinds[0] if device is None else kind(device)
+    wanted = kinds[0] if device is None else kind_of_device(device)
     if wanted not in kinds:
         raise UsageError(
             f"no run is of device {clean(device or '')}; there are runs of {_names(kinds)}",
             f"--device {clean(kinds[0])}",
         )
-    return [record for record in records if kind(record.envelope.protocol.device) == wanted], wanted
+    return [record for record in records if kind_of_device(record.envelope.protocol.device) == wanted], wanted
 
 
 def _of(records: list[Record], name: str, wanted: str) -> list[Record]:

@@ -97,6 +97,11 @@ class Protocol(Model):
         return torch.autocast(torch.device(self.device).type, torch.bfloat16)
 
 
+def kind_of_device(device: str) -> str:
+    """ "cuda" of "cuda:1"; which of several GPUs it was is told by the device's model."""
+    return device.partition(":")[0]
+
+
 class Envelope(Model):
     """All that must be equal before two results may be ranked together."""
 

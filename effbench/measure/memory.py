@@ -139,7 +139,7 @@ def _in_fresh_process(
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context(start or ("forkserver" if "forkserver" in methods else "spawn"))
     if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(LIBRARIES)
+        prepare()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, make_step, args, device, threads), daemon=True)
     try:
